@@ -1,0 +1,1 @@
+"""Timings of the head and of decoding against their baselines; every result is verified first."""

@@ -1,0 +1,305 @@
+"""Tokens a second of `generate`, dense against FlashHead, in one process on the same weights.
+
+Each round runs every side on one prompt, in rotating order, greedy and of fixed length (end tokens
+are ignored), and the speed-up is the median over rounds of the two times' ratio. A third side
+replaces the head by one that returns a constant: what it reaches is the upper bound for any head.
+
+With `compile=True` the same is measured once more with a static cache and the decoder compiled for
+one token (`torch.compile`), on all sides alike: transformers' own overhead a token then shrinks.
+The head stays outside the compiled part, so that all sides share one compiled body.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flashhead.bench.environment import provenance
+from flashhead.bench.timing import quantiles
+from flashhead.errors import FlashHeadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WARMUP_TOKENS = 8
+"""Enough for a compiled decoder to be compiled anew with its lengths as variables."""
+
+
+class ConstantHead(nn.Module):
+    """A head that costs nothing: the same zero logits for every hidden state."""
+
+    logits: Tensor
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.zeros(vocab_size), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Zeros, float32[..., V], of `[..., d]` hidden states."""
+        return self.logits.expand(*hidden.shape[:-1], -1)
+
+
+@dataclasses.dataclass
+class _Side:
+    """A model, the head it runs with, and what was measured."""
+
+    model: "PreTrainedModel"
+    head: nn.Module
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    decode_seconds: list[float] = dataclasses.field(default_factory=list)
+    tokens: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+
+class _Clock:
+    """A streamer that notes when each token arrives; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to flush."""
+
+
+def bench_decode(
+    model_dense: "PreTrainedModel",
+    model_flash: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    new_tokens: int,
+    repeats: int,
+    compile: bool = False,  # noqa: A002
+) -> dict[str, Any]:
+    """Time `generate` with the dense head, with FlashHead and with no head, interleaved.
+
+    Args:
+        model_dense: with its own head, or the same object as `model_flash`: its weights are then
+            used through an `nn.Linear`.
+        model_flash: whose output embedding is a FlashHead.
+        tokenizer: of both.
+        prompts: texts, used in turn.
+        new_tokens: tokens generated a run.
+        repeats: rounds through all prompts.
+        compile: measure with a static cache and a compiled decoder, too.
+
+    Returns:
+        JSON document: `eager` and `compiled` (None unless asked for), eager's main figures on top.
+
+    Raises:
+        FlashHeadError: a value out of range, or a model without FlashHead.
+        RuntimeError: a run is not repeatable or stops early.
+    """
+    started = time.perf_counter()
+    flash = model_flash.get_output_embeddings()
+    if getattr(flash, "index", None) is None:
+        raise FlashHeadError("model_flash: wanted a model with a FlashHead that has an index")
+    if not prompts or repeats < 1 or new_tokens < 2:
+        raise FlashHeadError(
+            f"{len(prompts)} prompts, repeats={repeats}, new_tokens={new_tokens}: "
+            "wanted 1 or more, 1 or more, 2 or more"
+        )
+    inputs = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+    dense = (
+        linear_twin(flash) if model_dense is model_flash else model_dense.get_output_embeddings()
+    )
+
+    def measure(runner: Callable[["PreTrainedModel"], dict[str, Any]]) -> dict[str, Any]:
+        sides = {
+            "dense": _Side(model_dense, dense),
+            "flash": _Side(model_flash, flash),
+            "body": _Side(model_flash, ConstantHead(flash.weight.shape[0])),
+        }
+        return _interleave(sides, inputs, new_tokens, repeats, runner)
+
+    eager, compiled = measure(lambda _model: {}), None
+    if compile:
+        length = max(len(batch["input_ids"][0]) for batch in inputs) + new_tokens
+        with contextlib.ExitStack() as stack:
+            for model in {id(m): m for m in (model_dense, model_flash)}.values():
+                stack.enter_context(compiled_decoder(model))
+            caches = {id(m): _static_cache(m, length) for m in (model_dense, model_flash)}
+            compiled = measure(lambda model: {"past_key_values": _reset(caches[id(model)])})
+    return {
+        "model": model_flash.name_or_path,
+        "head": flash.kind,
+        "impl": flash.impl,
+        "prompts": len(prompts),
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "dense_tok_per_sec": eager["sides"]["dense"]["tok_per_sec"],
+        "flash_tok_per_sec": eager["sides"]["flash"]["tok_per_sec"],
+        "speedup": eager["speedup"],
+        "agreement": eager["agreement"],
+        "compiled_speedup": None if compiled is None else compiled["speedup"],
+        "eager": eager,
+        "compiled": compiled,
+        **provenance(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def linear_twin(head: nn.Linear) -> nn.Linear:
+    """An `nn.Linear` that shares the head's weight and bias."""
+    out_features, in_features = head.weight.shape
+    twin = nn.Linear(in_features, out_features, bias=head.bias is not None, device="meta")
+    twin.weight, twin.bias = head.weight, head.bias
+    return twin
+
+
+def _interleave(
+    sides: dict[str, _Side],
+    inputs: list[Any],
+    new_tokens: int,
+    repeats: int,
+    arguments: Callable[["PreTrainedModel"], dict[str, Any]],
+) -> dict[str, Any]:
+    """One warm-up round, then `repeats` rounds through all prompts; see `bench_decode`."""
+    names = list(sides)
+    for side in sides.values():
+        for batch in inputs:
+            _generate(side, batch, min(new_tokens, WARMUP_TOKENS), arguments(side.model))
+    statistics = getattr(sides["flash"].head, "stats", None)
+    if statistics is not None:
+        statistics.reset()
+    for number in range(repeats * len(inputs)):
+        which = number % len(inputs)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            side = sides[name]
+            tokens, clock, seconds = _generate(
+                side, inputs[which], new_tokens, arguments(side.model)
+            )
+            if len(tokens) != new_tokens or side.tokens.setdefault(which, tokens) != tokens:
+                raise RuntimeError(f"{name}, prompt {which}: the run stopped early or differs")
+            side.seconds.append(seconds)
+            side.decode_seconds.append(clock[-1] - clock[1])
+    return _summary(sides, new_tokens)
+
+
+def _generate(
+    side: _Side, batch: Any, new_tokens: int, arguments: dict[str, Any]
+) -> tuple[list[int], list[float], float]:
+    """New tokens, arrival times and seconds of one greedy run."""
+    clock = _Clock()
+    with _running(side.model, side.head):
+        start = time.perf_counter()
+        output = side.model.generate(
+            **batch, max_new_tokens=new_tokens, streamer=clock, **arguments
+        )
+        seconds = time.perf_counter() - start
+    return output[0, batch["input_ids"].shape[1] :].tolist(), clock.times, seconds
+
+
+@contextlib.contextmanager
+def _running(model: "PreTrainedModel", head: nn.Module) -> Iterator[None]:
+    """The model with another head, and greedy settings that no end token stops."""
+    own_head, own_settings = model.get_output_embeddings(), model.generation_config
+    settings = type(own_settings)(
+        do_sample=False, bos_token_id=own_settings.bos_token_id, pad_token_id=0
+    )
+    model.set_output_embeddings(head)
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(own_head)
+        model.generation_config = own_settings
+
+
+def _summary(sides: dict[str, _Side], new_tokens: int) -> dict[str, Any]:
+    dense, flash, body = sides["dense"], sides["flash"], sides["body"]
+    speedup, p10, p90 = quantiles(_ratios(dense.seconds, flash.seconds))
+    pairs = [
+        (ours == theirs)
+        for which, tokens in dense.tokens.items()
+        for ours, theirs in zip(flash.tokens[which], tokens, strict=True)
+    ]
+    return {
+        "speedup": speedup,
+        "speedup_p10": p10,
+        "speedup_p90": p90,
+        "decode_speedup": quantiles(_ratios(dense.decode_seconds, flash.decode_seconds))[0],
+        "upper_bound": quantiles(_ratios(dense.seconds, body.seconds))[0],
+        "head_share": 1 - quantiles(_ratios(body.decode_seconds, dense.decode_seconds))[0],
+        "agreement": sum(pairs) / len(pairs),
+        "identical_prompts": sum(
+            flash.tokens[which] == dense.tokens[which] for which in dense.tokens
+        ),
+        "sides": {name: _rates(side, new_tokens) for name, side in sides.items()},
+        "head_statistics": _counters(flash.head),
+    }
+
+
+def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def _rates(side: _Side, new_tokens: int) -> dict[str, float]:
+    """`tok_per_sec` is of the whole call, `decode_tok_per_sec` of what follows the first token."""
+    median, p10, p90 = quantiles([new_tokens / seconds for seconds in side.seconds])
+    decode = quantiles([(new_tokens - 1) / seconds for seconds in side.decode_seconds])[0]
+    rates = {"tok_per_sec": median, "tok_per_sec_p10": p10, "tok_per_sec_p90": p90}
+    return rates | {"decode_tok_per_sec": decode, "decode_ms_per_token": 1e3 / decode}
+
+
+def _counters(head: nn.Module) -> dict[str, Any]:
+    statistics = getattr(head, "stats", None)
+    return copy.copy(vars(statistics)) if statistics is not None else {}
+
+
+@contextlib.contextmanager
+def compiled_decoder(model: "PreTrainedModel") -> Iterator[None]:
+    """Run the model's decoder through `torch.compile` for one token, as it is for a prompt."""
+    decoder = model.get_decoder()
+    eager = decoder.forward
+    compiled = torch.compile(eager)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        one = tokens is not None and tokens.shape[1] == 1
+        return (compiled if one else eager)(*args, **kwargs)
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def _static_cache(model: "PreTrainedModel", length: int) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
+def _reset(cache: Any) -> Any:
+    cache.reset()
+    return cache
+
+
+def format_decode_table(document: dict[str, Any]) -> str:
+    """Ratios first, for people; `document` is what `bench_decode` returned."""
+    lines = [
+        f"{document['model']}, {document['head']}, {document['impl']}: {document['prompts']} "
+        f"prompts x {document['new_tokens']} tokens x {document['repeats']}, interleaved",
+        f"{'':<10}{'speed-up':>9}{'p10-p90':>13}{'bound':>8}{'head':>7}"
+        f"{'agree':>9}{'dense tok/s':>13}{'flash tok/s':>13}",
+    ]
+    for mode in ("eager", "compiled"):
+        result = document[mode]
+        if result is None:
+            continue
+        spread = f"{result['speedup_p10']:.2f}-{result['speedup_p90']:.2f}"
+        dense, flash = (result["sides"][side]["tok_per_sec"] for side in ("dense", "flash"))
+        lines.append(
+            f"{mode:<10}{result['speedup']:>8.2f}x{spread:>13}{result['upper_bound']:>7.2f}x"
+            f"{result['head_share']:>7.0%}{result['agreement']:>9.1%}{dense:>13.1f}{flash:>13.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""Arguments that several subcommands share, and types that check a value's range while parsing."""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flashhead.options import ClustersOptions, CodesOptions, make_options
+
+HEADS = ("codes", "clusters")
+OPTIONS: dict[str, Any] = {"codes": CodesOptions, "clusters": ClustersOptions}
+MODEL_HELP = "gemma-3-270m, smollm2-135m, a folder, a .gguf file or a hub id"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviated options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command(subparsers: Any, name: str, run: Callable[..., Any], summary: str) -> Parser:
+    """A subcommand with the options that every subcommand has."""
+    parser: Parser = subparsers.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--json", action="store_true", help="last line of stdout: one document")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: Parser) -> None:
+    """`--model`."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+
+
+def add_head(parser: Parser) -> None:
+    """`--head` and `--set`."""
+    parser.add_argument(
+        "--head", choices=HEADS, help="index (default: the folder's if it has one, else codes)"
+    )
+    known = "; ".join(f"{kind}: {', '.join(_fields(kind))}" for kind in HEADS)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="NAME=VALUE",
+        help=f"an option of the index, may be repeated ({known})",
+    )
+
+
+def index_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options given with `--set`, converted to the types of the index they are for, and checked."""
+    head = args.head or "codes"
+    types = _fields(head)
+    values = {name: _convert(name, text, types.get(name, str)) for name, text in args.set}
+    make_options(OPTIONS[head], values)
+    return values
+
+
+def _fields(head: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(OPTIONS[head])
+    return {field.name: hints[field.name] for field in dataclasses.fields(OPTIONS[head])}
+
+
+def _convert(name: str, text: str, kind: Any) -> Any:
+    """Text of `--set` in the type of the option; text that does not fit is left to the check."""
+    from flashhead.errors import FlashHeadError
+
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return kind(text)
+    except ValueError as error:
+        wanted = "token ids with commas" if typing.get_origin(kind) is tuple else kind.__name__
+        raise FlashHeadError(f"--set {name}={text}: wanted {wanted}") from error
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """`NAME=VALUE`."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted NAME=VALUE")
+    return name.replace("-", "_"), value
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """Type of an integer that is at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer, {least} or more")
+        return value
+
+    return parse
+
+
+def real(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """Type of a finite number for which `holds`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (abs(value) < float("inf") and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
+        return value
+
+    return parse
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Type of a list such as `1,2,4,8`."""
+    return tuple(integer(1)(part) for part in text.split(","))
+
+
+def existing_file(text: str) -> Path:
+    """Type of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: no such file")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """Type of a file to write, whose folder is there."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a file in a folder that exists")
+    return path

@@ -1,0 +1,66 @@
+"""`flashhead bench decode`: tokens per second of `generate`, dense and FlashHead interleaved."""
+
+import argparse
+from typing import Any
+
+from flashhead.cli.arguments import Parser, add_head, add_model, command, existing_file, integer
+from flashhead.errors import FlashHeadError
+
+PROMPTS = (
+    "The lighthouse keeper climbed the stairs one last time, and from the top he saw",
+    "Photosynthesis is the process by which plants",
+    "def quicksort(values):\n    ",
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Describe the subcommand."""
+    parser: Parser = command(
+        subparsers, "decode", run, "time generate with the dense head and with FlashHead"
+    )
+    add_model(parser)
+    add_head(parser)
+    parser.add_argument(
+        "--prompts", type=existing_file, metavar="FILE", help="a prompt a line (default: three)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=integer(2), default=64, metavar="N", help="default: 64"
+    )
+    parser.add_argument(
+        "--repeats", type=integer(1), default=5, metavar="N", help="rounds (default: 5)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="static cache and torch.compile, for both heads"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time and print the table."""
+    prompts = _prompts(args)
+    from flashhead.cli import session
+
+    model, tokenizer = session.load_model(args, args.head)
+    from flashhead.bench.decode import bench_decode, format_decode_table
+
+    document = bench_decode(
+        model,
+        model,
+        tokenizer,
+        prompts,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        compile=args.compile,
+    )
+    document["model"] = args.model
+    print(format_decode_table(document))
+    return document
+
+
+def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.prompts is None:
+        return PROMPTS
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise FlashHeadError(f"--prompts {args.prompts}: no prompt in it, wanted one a line")
+    return prompts

@@ -1,0 +1,85 @@
+"""Bytes of an index that every query reads: measured in a converted folder, or by formula.
+
+A codes index then reads the rows that may win, whose number depends on the query: that comes on
+top, and `flashhead eval head` counts it. A clusters index reads the same for every query.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from flashhead.cli.ledger import Ledger, TensorInfo, read_safetensors
+from flashhead.errors import FlashHeadError
+from flashhead.options import CodesOptions
+
+INDEX_FILE = "flashhead.safetensors"
+SCANNED = {
+    "codes": ("base", "scale", "direction", "exact", "transform"),
+    "clusters": (
+        *("centroids", "centroid_scale", "centroid_offset", "common", "estimate_scale"),
+        *("estimate_offset", "cluster_of", "always"),
+    ),
+}
+"""Tensors that every query reads whole; of a codes index also half of `error`."""
+
+
+def describe_index(source: Path, config: dict[str, Any], book: Ledger) -> dict[str, Any]:
+    """The index of a converted folder, else what the default codes index would read.
+
+    Returns:
+        JSON-able: `kind`, `measured`, `bytes_per_query`, `bytes_fraction` of the head, and for a
+        saved index its file size and the `flashhead` section of the config.
+
+    Raises:
+        FlashHeadError: the config names an index whose file is missing or damaged.
+    """
+    section = config.get("flashhead")
+    if section is None:
+        options = CodesOptions()
+        size = float(codes_bytes(book.vocab_size, book.hidden_size, options))
+        return {"kind": "codes", "measured": False} | _per_query(size, book)
+    file = source / INDEX_FILE
+    if not file.is_file():
+        raise FlashHeadError(f"{file} is missing: convert the model again")
+    tensors = read_safetensors(file)
+    kind = "codes" if "base" in tensors else "clusters"
+    missing = sorted({*SCANNED[kind], *_EXTRA[kind]} - set(tensors))
+    if missing:
+        raise FlashHeadError(f"{file}: no tensor {missing[0]!r}: convert the model again")
+    size = sum(tensors[name].size_bytes for name in SCANNED[kind])
+    if kind == "codes":
+        size += tensors["error"].size_bytes / 2
+    else:
+        size += probed_bytes(section, tensors["members"], book)
+    return {
+        "kind": kind,
+        "measured": True,
+        "file_bytes": file.stat().st_size,
+        "section": section,
+        **_per_query(size, book),
+    }
+
+
+_EXTRA = {"codes": ("error", "refine"), "clusters": ("members",)}
+
+
+def _per_query(size: float, book: Ledger) -> dict[str, float]:
+    return {"bytes_per_query": size, "bytes_fraction": size / book.head_bytes}
+
+
+def codes_bytes(vocab_size: int, hidden_size: int, options: CodesOptions) -> int:
+    """Bytes that every query reads of a codes index with these options.
+
+    Words of 4 bytes for 16 dimensions x 2 bits; scale, error and coefficient of a row: 8 bytes.
+    """
+    words = max(1, round(options.bits * hidden_size / 32))
+    rows = math.ceil(vocab_size / 16) * 16
+    padded = max(16, math.ceil((hidden_size - 1) / 16) * 16)
+    return rows * words * 4 + vocab_size * 8 + padded * hidden_size * 2 + 2 * hidden_size * 4
+
+
+def probed_bytes(section: dict[str, Any], members: TensorInfo, book: Ledger) -> float:
+    """Bytes of the probed clusters: their lists of tokens and those tokens' rows of the head."""
+    clusters, size = members.shape
+    probes = min(int(section["parameters"]["options"]["probes"]), clusters)
+    return probes * size * (4 + book.head_bytes / book.vocab_size)

@@ -1,0 +1,229 @@
+"""The byte ledger: what decoding one token reads, from a model's config and tensor shapes alone.
+
+    head   V * d elements: the output embedding; a tied one is counted here and not in the body
+    body   every other weight once; of an embedding table one row; of experts the active share
+    KV     keys and values of every attention layer, of a sliding layer its window at most
+
+The head is found by role: the V x d table. With two of them one is the input embedding.
+Nothing is loaded: safetensors and GGUF files say shapes and types in their headers.
+"""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from flashhead.errors import FlashHeadError
+
+CACHE_BYTES = 2
+"""Of a cached key or value, bf16."""
+HEADER_LIMIT_BYTES = 100_000_000
+"""What the safetensors format allows."""
+DTYPES_OF_BITS = {
+    64: ("F64", "I64", "U64"),
+    32: ("F32", "I32", "U32"),
+    16: ("F16", "BF16", "I16", "U16"),
+    8: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    6: ("F6_E2M3", "F6_E3M2"),
+    4: ("F4",),
+}
+BITS = {dtype: bits for bits, dtypes in DTYPES_OF_BITS.items() for dtype in dtypes}
+"""Of an element, by its type as safetensors spells it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and size of a stored tensor."""
+
+    shape: tuple[int, ...]
+    size_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Bytes that one token reads, and the head's shape."""
+
+    vocab_size: int
+    hidden_size: int
+    tied: bool
+    context: int
+    head_bytes: float
+    kv_bytes: float
+    body_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """All three."""
+        return self.head_bytes + self.kv_bytes + self.body_bytes
+
+
+def token_bytes(config: dict[str, Any], tensors: dict[str, TensorInfo], context: int) -> Ledger:
+    """The ledger of a model.
+
+    Args:
+        config: the model's config.json.
+        tensors: name to shape and size.
+        context: tokens in the cache.
+
+    Raises:
+        FlashHeadError: no V x d table, or a config that names no sizes.
+    """
+    config = config.get("text_config", config)
+    vocab, hidden = _size(config, "vocab_size"), _size(config, "hidden_size", "n_embd", "d_model")
+    wide = {
+        name: info
+        for name, info in tensors.items()
+        if len(info.shape) == 2 and info.shape[0] >= vocab and info.shape[1] == hidden
+    }
+    if not wide:
+        raise FlashHeadError(f"no tensor of shape [{vocab}, {hidden}]: is it a language model?")
+    rows = min(info.shape[0] for info in wide.values())  # V, or V padded
+    tables = {name: info for name, info in wide.items() if info.shape[0] == rows}
+    head = max(tables.values(), key=lambda info: info.size_bytes)
+    body = sum(
+        _read(name, info, config, rows) for name, info in tensors.items() if name not in tables
+    )
+    one_row = head.size_bytes / head.shape[0]
+    return Ledger(
+        vocab_size=head.shape[0],
+        hidden_size=hidden,
+        tied=len(tables) == 1 or bool(config.get("tie_word_embeddings")),
+        context=context,
+        head_bytes=head.size_bytes,
+        kv_bytes=_cache_bytes(config, context),
+        body_bytes=body + one_row,
+    )
+
+
+def _read(name: str, info: TensorInfo, config: dict[str, Any], rows: int) -> float:
+    """Bytes of one body tensor that a token reads."""
+    if info.shape[:1] == (rows,) and len(info.shape) == 2:  # another table that is looked up
+        return info.size_bytes / rows
+    active = config.get("num_experts_per_tok")
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((config[key] for key in keys if config.get(key)), None)
+    if active and experts and (".experts." in name or "_exps." in name):  # safetensors, GGUF
+        return info.size_bytes * active / experts
+    return info.size_bytes
+
+
+def _cache_bytes(config: dict[str, Any], context: int) -> float:
+    """Bytes of keys and values that one token reads at a context."""
+    layers = _size(config, "num_hidden_layers", "n_layer", "num_layers")
+    heads = _size(config, "num_attention_heads", "n_head", "num_heads")
+    hidden = _size(config, "hidden_size", "n_embd", "d_model")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    kinds = config.get("layer_types") or ["full_attention"] * layers
+    window = config.get("sliding_window") or context
+    seen = {"full_attention": context, "sliding_attention": min(window, context)}
+    tokens = sum(seen.get(kind, 0) for kind in kinds)  # a recurrent layer has no growing cache
+    return float(tokens * 2 * kv_heads * head_dim * CACHE_BYTES)
+
+
+def _size(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise FlashHeadError(f"the config names no {names[0]}: is it a language model of transformers?")
+
+
+def read_model(source: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Config and tensors of a folder, a `.gguf` file or a hub id.
+
+    Raises:
+        FlashHeadError: not a model, no safetensors files, or a damaged one.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    return _read_gguf(path) if path.exists() else _read_hub(source)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FlashHeadError(f"{folder}: no config.json there; wanted a Hugging Face model folder")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FlashHeadError(f"{folder}: no model*.safetensors there; wanted a safetensors model")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FlashHeadError(f"{config_file}: not JSON ({error})") from error
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_safetensors(file)
+    return config, tensors
+
+
+def read_safetensors(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of a safetensors file, from its header: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            if length > HEADER_LIMIT_BYTES:
+                raise ValueError(f"header of {length:,} bytes")
+            header = json.loads(source.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: tensor_info(entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, struct.error) as error:
+        raise FlashHeadError(f"{file}: not a safetensors file ({error})") from error
+
+
+def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """Size of a tensor; `dtype` as safetensors spells it."""
+    elements = 1
+    for length in shape:
+        elements *= length
+    return TensorInfo(shape, elements * BITS[dtype] / 8)
+
+
+def _read_hub(repo: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Config and headers from the hub; the weights stay there."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    config = json.loads(Path(hf_hub_download(repo, "config.json")).read_text(encoding="utf-8"))
+    files = get_safetensors_metadata(repo).files_metadata.values()
+    return config, {
+        name: tensor_info(info.dtype, tuple(info.shape))
+        for file in files
+        for name, info in file.tensors.items()
+    }
+
+
+def _read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """A GGUF file as it is once loaded, in bf16; it does not say which layers slide: none here."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except ValueError as error:
+        raise FlashHeadError(f"{file}: not a GGUF file ({error})") from error
+    arch = reader.fields["general.architecture"].contents()
+    names = {
+        "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+    }
+    config = {
+        name: reader.fields[f"{arch}.{key}"].contents()
+        for name, key in names.items()
+        if f"{arch}.{key}" in reader.fields
+    }
+    tensors = {
+        info.name: tensor_info("BF16", tuple(int(n) for n in reversed(info.shape.tolist())))
+        for info in reader.tensors
+    }
+    config["vocab_size"] = max(
+        (info.shape[0] for name, info in tensors.items() if name == "token_embd.weight"), default=0
+    )
+    return config, tensors

@@ -1,0 +1,93 @@
+"""Convert a model: an ordinary Hugging Face folder with an index beside the weights.
+
+The folder is written under a temporary name and renamed, so it exists whole or not at all, also after Ctrl-C. Plain
+transformers loads it as the dense model it was.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from flashhead.errors import FlashHeadError
+from flashhead.index.store import INDEX_FILE, save_index
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    head: str = "codes",
+    progress: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a folder that holds the model, its tokenizer and an index of its head.
+
+    Args:
+        model: embedded name, hub id, local folder or local `.gguf` file.
+        out: the folder to make; it must not exist.
+        head: "codes" or "clusters".
+        progress: progress bars on stderr.
+        trust_remote_code: run Python code that the model's folder brings.
+        options: fields of `CodesOptions` or `ClustersOptions`.
+
+    Returns:
+        What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes`, `seconds`, `parameters`.
+
+    Raises:
+        FlashHeadError: `out` exists or its parent does not, too little disk space, or the model does not load.
+    """
+    from flashhead.integrations.transformers import attach, load_dense, load_tokenizer
+    from flashhead.models import resolve
+
+    start = time.perf_counter()
+    out = Path(out)
+    if head not in ("codes", "clusters"):
+        raise FlashHeadError(f"head={head!r}: wanted codes or clusters")
+    if out.exists():
+        raise FlashHeadError(f"{out} exists: nothing is written over, name another folder")
+    if not out.absolute().parent.is_dir():
+        raise FlashHeadError(f"{out}: its parent folder does not exist")
+    source = resolve(model, progress)
+    loaded = load_dense(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    _require_disk(out, 3 * weights // 2)
+    attachment = attach(loaded, head, progress=progress, **options)
+    built, sample = attachment.head.index, attachment.head.sample
+    assert built is not None
+    attachment.detach()
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.partial-") as partial:
+        folder = Path(partial) / "folder"
+        folder.mkdir()
+        if hasattr(loaded.config, "flashhead"):
+            del loaded.config.flashhead
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        section = save_index(built, attachment.head.weight, sample, folder)
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"flashhead": section}, indent=2) + "\n")
+        if out.exists():
+            raise FlashHeadError(f"{out} appeared while converting: nothing is written over")
+        folder.rename(out)
+    return {
+        "out": str(out),
+        "head": head,
+        "index_bytes": section["index_bytes"],
+        "head_bytes": attachment.head.weight.numel() * attachment.head.weight.element_size(),
+        "model_bytes": weights,
+        "crossover_rows": attachment.head.crossover_rows,
+        "seconds": round(time.perf_counter() - start, 1),
+        "parameters": section["parameters"],
+        "index_file": INDEX_FILE,
+    }
+
+
+def _require_disk(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise FlashHeadError(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")

@@ -1,0 +1,80 @@
+"""Hidden states of text that the model samples from itself: calibration without a data set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+SEQUENCE_TOKENS = 64
+"""Tokens a sequence: the cost is one decoding step a token whatever the batch, so sequences are many and short."""
+
+
+class _Tick(StoppingCriteria):
+    """Never stops; moves a progress bar by the tokens of a step."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.bar.update(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def sample_hidden_states(model: PreTrainedModel, tokens: int, seed: int, progress: bool = False) -> Tensor:
+    """Sample text at temperature 1 from the model and return what enters its head.
+
+    Args:
+        model: a causal LM; its state and the global random state are left as they were.
+        tokens: about how many hidden states (rounded up to whole sequences); 0: none.
+        seed: of the sampling.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `[n, d]` in the model's dtype, in the order of sampling.
+    """
+    head = model.get_output_embeddings()
+    if tokens == 0:
+        return head.weight.new_empty(0, head.weight.shape[1])
+    length = min(SEQUENCE_TOKENS, tokens)
+    batch = -(-tokens // length)
+    states: list[Tensor] = []
+
+    def keep(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        states.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).clone())
+
+    start = torch.full((batch, 1), _first_token(model), device=model.device)
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=0, use_cache=True
+    )
+    hook = head.register_forward_pre_hook(keep)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=batch * length, desc="sampling", unit="token", disable=not progress, leave=False)
+    try:
+        with torch.random.fork_rng(devices=[]), bar:
+            torch.manual_seed(seed)
+            model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
+            )
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return torch.cat(states)
+
+
+def _first_token(model: PreTrainedModel) -> int:
+    """The token a text starts with: BOS, else end of text, which separates documents, else 0."""
+    text = model.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(text, name, None)
+        if isinstance(value, (list, tuple)):
+            value = value[0] if value else None
+        if value is not None:
+            return int(value)
+    return 0

@@ -1,0 +1,321 @@
+"""Any causal LM of transformers with a FlashHead: load, attach, detach.
+
+The head is found by role (`get_output_embeddings`), never by a model's name. Soft-capping and scaling of logits happen
+in the model after its head and stay there.
+"""
+
+import dataclasses
+import logging
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashhead.errors import FlashHeadError
+from flashhead.index.clusters import ClustersIndex, build_clusters
+from flashhead.index.codes import CodesIndex, build_codes
+from flashhead.index.store import INDEX_FILE, load_index
+from flashhead.integrations.calibration import sample_hidden_states
+from flashhead.models import known_names, resolve
+from flashhead.nn.head import FlashHead
+from flashhead.options import ClustersOptions, CodesOptions, make_options
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers.utils.quantization_config import GgufConfig
+except ImportError as error:
+    raise ImportError("transformers is not installed: pip install 'flashhead[transformers,cpu]'") from error
+
+HEADS = ("codes", "clusters", "dense")
+_SEARCH_OPTIONS = ("z", "kl_budget", "probes")
+"""Options that only the search reads: they may differ from the saved index's."""
+_log = logging.getLogger("flashhead")
+
+
+class Attachment:
+    """A FlashHead in a model, and the way back. Also a context manager that detaches at its end.
+
+    Args:
+        model: the model that holds the head.
+        head: the FlashHead in it.
+        replaced: the module it took the place of.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: FlashHead, replaced: nn.Module) -> None:
+        self.model, self.head, self._replaced = model, head, replaced
+
+    def detach(self) -> None:
+        """Put the original head back; a second call does nothing."""
+        if self.model.get_output_embeddings() is self.head:
+            self.model.set_output_embeddings(self._replaced)
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def load(
+    model: str,
+    head: str | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal LM with a FlashHead as its output embedding.
+
+    Args:
+        model: embedded name, hub id, local folder (also one written by `flashhead convert`) or local `.gguf` file.
+        head: "codes", "clusters" or "dense"; None: the folder's index if it has one, else "codes".
+        dtype: of the weights.
+        impl: "auto", "cpu" or "reference".
+        trust_remote_code: run Python code that the model's folder brings.
+        progress: progress bars on stderr.
+        options: fields of `CodesOptions` or `ClustersOptions`.
+
+    Returns:
+        An ordinary transformers model in eval mode; `generate()` works as before.
+
+    Raises:
+        FlashHeadError: unknown model, head or option; an index that does not fit; a model without a linear head.
+    """
+    if head is not None:
+        _require_head(head)
+    source = resolve(model, progress)
+    loaded = load_dense(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    section = getattr(loaded.config, "flashhead", None)
+    has_index = isinstance(section, dict) and Path(source).is_dir()
+    if has_index and head in (None, section.get("index")):
+        index, sample = load_index(Path(source), section, _linear_head(loaded).weight)
+        attach(loaded, index.kind, impl=impl, index=_with_options(index, options), sample=sample)
+    else:
+        if has_index and head != "dense":
+            _log.warning("%s holds a %s index; a new %s index is built", source, section.get("index"), head)
+        attach(loaded, head or "codes", impl=impl, progress=progress, **options)
+    return loaded
+
+
+def load_dense(
+    source: str, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal LM as it is: safetensors or GGUF only, never pickled weights.
+
+    Raises:
+        FlashHeadError: it is not there, not readable, or no causal LM.
+    """
+    path = Path(source)
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        where |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        source = str(path.parent)
+    else:
+        where["use_safetensors"] = True
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    except ImportError as error:
+        raise FlashHeadError(f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[gguf]'") from error
+    except Exception as error:  # whatever the checkpoint's reader raises: the cause stays attached
+        if not _is_checkpoint_error(error):
+            raise
+        raise FlashHeadError(
+            f"model {str(path)!r} cannot be loaded: {_first_line(error)}; {known_names()}"
+        ) from error
+    if hasattr(model.config, "quantization_config") and path.suffix == ".gguf":
+        del model.config.quantization_config  # the weights are dequantized; saving would refuse
+    return model.eval()
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a model, by the same names as `load`.
+
+    Raises:
+        FlashHeadError: there is none.
+    """
+    path = Path(resolve(model))
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    source = str(path) if path.exists() else model
+    if path.suffix == ".gguf":
+        source, where["gguf_file"] = str(path.parent), path.name
+    try:
+        return AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise FlashHeadError(f"model {model!r} has no readable tokenizer: {_first_line(error)}") from error
+
+
+def gguf_to_folder(gguf: Path, out: Path) -> None:
+    """Dequantize a GGUF file to a bf16 Hugging Face folder with its tokenizer.
+
+    Args:
+        gguf: the file.
+        out: an existing folder.
+    """
+    model = load_dense(str(gguf))
+    model.save_pretrained(out)
+    load_tokenizer(str(gguf)).save_pretrained(out)
+
+
+def attach(
+    model: PreTrainedModel,
+    head: str = "codes",
+    *,
+    impl: str = "auto",
+    progress: bool = True,
+    index: CodesIndex | ClustersIndex | None = None,
+    sample: Tensor | None = None,
+    hidden: Tensor | None = None,
+    **options: Any,
+) -> Attachment:
+    """Replace the output embedding of a model in memory by a FlashHead.
+
+    Args:
+        model: a causal LM.
+        head: "codes", "clusters" or "dense".
+        impl: "auto", "cpu" or "reference".
+        progress: progress bars on stderr.
+        index: a ready index of this head; None builds one, from text sampled from the model itself.
+        sample: floating `[n, d]`, hidden states to measure the crossover with.
+        hidden: floating `[n, d]`, calibration hidden states, instead of sampled ones.
+        options: fields of `CodesOptions` or `ClustersOptions`.
+
+    Returns:
+        A handle whose `detach()` puts the original head back.
+
+    Raises:
+        FlashHeadError: unknown head or option, no linear head, or one that is attached already.
+    """
+    _require_head(head)
+    linear = _linear_head(model)
+    if head == "dense":
+        make_options(CodesOptions, options)
+        replaced = FlashHead(linear, None)
+    else:
+        if index is None:
+            index, hidden = _build(model, linear, head, progress, hidden, options)
+        states = sample if sample is not None else hidden
+        replaced = FlashHead(linear, index, impl=impl, sample=None if states is None else _spread(states))
+    model.set_output_embeddings(replaced)
+    return Attachment(model, replaced, linear)
+
+
+def head_of(model: PreTrainedModel) -> FlashHead:
+    """The FlashHead of a model.
+
+    Raises:
+        FlashHeadError: it has none.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, FlashHead):
+        raise FlashHeadError("the model has no FlashHead: flashhead.attach(model) attaches one")
+    return head
+
+
+def logit_postprocess(config: Any) -> Callable[[Tensor], Tensor]:
+    """What the model does to its head's logits: soft-capping (Gemma 2), scaling (Cohere, Granite); else nothing."""
+    text = config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+    factor = getattr(text, "logit_scale", None) or 1.0
+    divisor = getattr(text, "logits_scaling", None) or 1.0
+
+    def process(logits: Tensor) -> Tensor:
+        logits = logits * (factor / divisor) if factor != divisor else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return process
+
+
+def read_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Configuration of a model without its weights, by the same names as `load`.
+
+    Raises:
+        FlashHeadError: there is none.
+    """
+    source = resolve(model)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise FlashHeadError(f"model {model!r} has no readable config: {_first_line(error)}") from error
+
+
+def _build(
+    model: PreTrainedModel,
+    linear: nn.Linear,
+    head: str,
+    progress: bool,
+    hidden: Tensor | None,
+    values: dict[str, Any],
+) -> tuple[CodesIndex | ClustersIndex, Tensor]:
+    options = make_options(CodesOptions if head == "codes" else ClustersOptions, values)
+    if hidden is None:
+        hidden = sample_hidden_states(model, options.calibration_tokens, options.seed, progress)
+    weight = linear.weight.detach()
+    if isinstance(options, CodesOptions):
+        return build_codes(weight, options, hidden, progress), hidden
+    if not options.always:
+        options = dataclasses.replace(options, always=_special_tokens(model))
+    bias = None if linear.bias is None else linear.bias.detach()
+    return build_clusters(weight, options, hidden, progress, bias), hidden
+
+
+def _special_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end or structure a generation, by role: always scored."""
+    found: set[int] = set()
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return tuple(sorted(token for token in found if 0 <= token < model.config.get_text_config().vocab_size))
+
+
+def _linear_head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if isinstance(head, FlashHead):
+        raise FlashHeadError("the model has a FlashHead already: detach it first")
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        raise FlashHeadError(f"the output embedding is {type(head).__name__}, wanted a floating nn.Linear")
+    return head
+
+
+def _with_options(index: CodesIndex | ClustersIndex, values: dict[str, Any]) -> CodesIndex | ClustersIndex:
+    saved = dataclasses.asdict(index.options)
+    wanted = make_options(type(index.options), {**saved, **values})
+    for name, value in dataclasses.asdict(wanted).items():
+        if value != saved[name] and name not in _SEARCH_OPTIONS:
+            raise FlashHeadError(f"{name}={value!r}: the saved index has {saved[name]!r}; convert the model again")
+    return dataclasses.replace(index, options=wanted)  # type: ignore[arg-type]
+
+
+def _spread(states: Tensor, rows: int = 64) -> Tensor:
+    """A few hidden states from all over a sequence of them."""
+    return states[:: max(1, len(states) // rows)][:rows].clone()
+
+
+def _require_head(head: str) -> None:
+    if head not in HEADS:
+        raise FlashHeadError(f"head={head!r}: wanted one of {', '.join(HEADS)}")
+
+
+def _is_checkpoint_error(error: Exception) -> bool:
+    """Whether an exception speaks of the checkpoint (missing, damaged, unsupported) and not of a bug."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (OSError, ValueError, KeyError, SafetensorError, RuntimeError, TypeError))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+__all__ = ["INDEX_FILE", "Attachment", "attach", "head_of", "load", "load_dense", "load_tokenizer"]

@@ -1,0 +1,1 @@
+"""The maths of the heads: one folder an operation, `api` in front, `reference` as the specification."""

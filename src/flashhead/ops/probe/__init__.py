@@ -1,0 +1,1 @@
+"""Probe: score all centroids, take the best clusters (see `api`)."""

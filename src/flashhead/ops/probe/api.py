@@ -1,0 +1,123 @@
+"""Probe the clusters of a head: which to score exactly, and an estimate for all other tokens.
+
+    score_j = h.common + scale_j * (h.centroids_j) + offset_j
+    clusters = the `probes` best scores
+    candidates = members of those clusters and the tokens always scored
+    logit of any other token of cluster j ~ score_j * estimate_scale_j + estimate_offset_j
+
+`index.clusters` says where the tensors come from. `impl="reference"` is eager torch and the
+specification; `impl="cpu"` reads the stored bytes of the centroids in a Numba kernel. An
+implementation that cannot run is an error.
+"""
+
+import torch
+from torch import Tensor
+
+from flashhead.errors import FlashHeadError
+from flashhead.ops.probe import reference
+
+IMPLEMENTATIONS = ("reference", "cpu")
+
+
+def probe(
+    hidden: Tensor,
+    centroids: Tensor,
+    centroid_scale: Tensor,
+    centroid_offset: Tensor,
+    common: Tensor,
+    probes: int,
+    *,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Scores of all clusters and the best `probes` of them; rows are independent.
+
+    Equals
+        scores = hidden @ (centroids * centroid_scale[:, None] + common).T + centroid_offset
+        clusters = scores.topk(min(probes, C)).indices
+
+    Args:
+        hidden: `float32[n, d]` or `bfloat16[n, d]`.
+        centroids: `int8[C, d]` or `bfloat16[C, d]`.
+        centroid_scale: `float32[C]`.
+        centroid_offset: `float32[C]`.
+        common: `float32[d]`.
+        probes: clusters to take; all C if there are fewer.
+        impl: "reference" or "cpu".
+
+    Returns:
+        scores `float32[n, C]` and clusters `int64[n, min(probes, C)]`, best first.
+
+    Raises:
+        FlashHeadError: shapes or dtypes do not fit, or `impl` is unknown or cannot run here.
+    """
+    _check(hidden, centroids, centroid_scale, centroid_offset, common)
+    if probes < 1:
+        raise FlashHeadError(f"probes={probes}: wanted 1 or more")
+    hidden = hidden.float()
+    if impl == "reference":
+        scores = reference.cluster_scores(
+            hidden, centroids, centroid_scale, centroid_offset, common
+        )
+    elif impl == "cpu":
+        if hidden.device.type != "cpu" or centroids.device.type != "cpu":
+            got = f"{hidden.device} and {centroids.device}"
+            raise FlashHeadError(f"impl='cpu': tensors are on {got}, wanted cpu (impl='reference')")
+        try:
+            from flashhead.ops.probe import cpu
+        except ImportError as error:
+            raise FlashHeadError(
+                f"impl='cpu' needs numba ({error}): pip install 'flashhead[cpu]'"
+            ) from error
+        scores = cpu.cluster_scores(hidden, centroids, centroid_scale, centroid_offset, common)
+    else:
+        raise FlashHeadError(f"impl={impl!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
+    return scores, scores.topk(min(probes, scores.shape[1]), dim=1).indices
+
+
+def candidate_rows(members: Tensor, clusters: Tensor, always: Tensor) -> Tensor:
+    """Rows of the head that one query scores exactly, ascending, each once.
+
+    Args:
+        members: `int32[C, size]`, padded with -1.
+        clusters: `int64[P]`, the probed clusters of one row.
+        always: `int32[k]`, tokens scored whatever the probe says.
+
+    Returns:
+        `int32[r]`.
+    """
+    return reference.candidate_rows(members, clusters, always)
+
+
+def estimates(
+    scores: Tensor, cluster_of: Tensor, estimate_scale: Tensor, estimate_offset: Tensor
+) -> Tensor:
+    """Estimated logits of all tokens from the scores of their clusters: `float32[n, V]`.
+
+    Args:
+        scores: `float32[n, C]` from `probe`.
+        cluster_of: `int32[V]`.
+        estimate_scale: `float32[C]`.
+        estimate_offset: `float32[C]`.
+    """
+    return reference.estimates(scores, cluster_of, estimate_scale, estimate_offset)
+
+
+def _check(
+    hidden: Tensor, centroids: Tensor, scale: Tensor, offset: Tensor, common: Tensor
+) -> None:
+    if centroids.dim() != 2 or centroids.dtype not in (torch.int8, torch.bfloat16):
+        got = f"{centroids.dtype}{list(centroids.shape)}"
+        raise FlashHeadError(f"centroids are {got}, wanted int8 or bfloat16 [C, d]")
+    count, d = centroids.shape
+    if hidden.dim() != 2 or hidden.shape[1] != d or not hidden.is_floating_point():
+        got = f"{hidden.dtype}{list(hidden.shape)}"
+        raise FlashHeadError(f"hidden is {got}, wanted floating [n, {d}]")
+    wanted = {
+        "centroid_scale": (scale, count),
+        "centroid_offset": (offset, count),
+        "common": (common, d),
+    }
+    for name, (tensor, length) in wanted.items():
+        if tuple(tensor.shape) != (length,) or tensor.dtype != torch.float32:
+            got = f"{tensor.dtype}{list(tensor.shape)}"
+            raise FlashHeadError(f"{name} is {got}, wanted float32[{length}]")

@@ -1,0 +1,23 @@
+"""Probe in eager torch: the specification, on any device."""
+
+import torch
+from torch import Tensor
+
+
+def cluster_scores(
+    hidden: Tensor, centroids: Tensor, scale: Tensor, offset: Tensor, common: Tensor
+) -> Tensor:
+    """h.common + scale_j * (h.centroids_j) + offset_j: float32[n, C] of hidden float32[n, d]."""
+    return (hidden @ centroids.float().T) * scale + offset + (hidden @ common)[:, None]
+
+
+def candidate_rows(members: Tensor, clusters: Tensor, always: Tensor) -> Tensor:
+    """Members of these clusters and `always`, ascending, each once, without padding: int32[r]."""
+    rows = torch.cat([members[clusters].flatten(), always]).sort().values
+    rows = torch.unique_consecutive(rows)
+    return rows[1:] if len(rows) and rows[0] < 0 else rows
+
+
+def estimates(scores: Tensor, cluster_of: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """score_j * scale_j + offset_j of every token's cluster j: float32[n, V]."""
+    return (scores * scale + offset).index_select(1, cluster_of)

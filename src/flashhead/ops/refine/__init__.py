@@ -1,0 +1,1 @@
+"""Refine: better estimates of the rows that survived the scan."""

@@ -1,0 +1,1 @@
+"""Rescore: exact logits of chosen rows."""

@@ -1,0 +1,1 @@
+"""Scan: an estimate of every logit from the base codes."""

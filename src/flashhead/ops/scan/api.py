@@ -1,0 +1,30 @@
+"""Estimates of all logits from packed codes."""
+
+from torch import Tensor
+
+from flashhead.index.codes import CodesIndex
+from flashhead.ops.scan.query import CodesPlan, CodesQuery
+
+
+def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None, *, impl: str) -> Tensor:
+    """Estimate every logit; equals, up to the coding error that the query's variance describes,
+
+        hidden.float() @ weight.float().T + bias
+
+    Args:
+        query: n prepared hidden states.
+        index: the codes.
+        plan: `make_plan(index)`.
+        bias: `float32[V]` or None.
+        impl: "cpu" or "reference".
+
+    Returns:
+        `float32[n, V]`.
+    """
+    if impl == "cpu":
+        from flashhead.ops.scan import cpu
+
+        return cpu.scan(query, index, plan, bias)
+    from flashhead.ops.scan import reference
+
+    return reference.scan(query, index, plan, bias)

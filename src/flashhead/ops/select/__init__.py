@@ -1,0 +1,1 @@
+"""Select: the rows that can win, and the rows whose error the distribution would notice."""

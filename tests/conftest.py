@@ -1,0 +1,37 @@
+"""Small models and heads, built here; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools share the cores of a test machine
+
+import pytest
+import torch
+
+IMPLS = ("reference", "cpu")
+
+
+def clustered_head(rows: int, d: int, seed: int = 0, states: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head and hidden states with what real ones have: a common row, a steep spectrum, a mean hidden state.
+
+    Returns:
+        weight `bfloat16[rows, d]`, hidden `float32[states, d]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, d + 1).float().rsqrt()
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+    weight = torch.randn(rows, d, generator=generator) * spectrum @ basis + torch.randn(d, generator=generator)
+    hidden = torch.randn(states, d, generator=generator) * spectrum @ basis + torch.randn(d, generator=generator)
+    return weight.bfloat16(), 4 * hidden
+
+
+@pytest.fixture(scope="session")
+def tiny_model():  # type: ignore[no-untyped-def]
+    """A Llama of 2 layers with a tied head of 515 x 48, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=515, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
