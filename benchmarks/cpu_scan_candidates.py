@@ -22,9 +22,9 @@ import torch
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from flashhead.bench.environment import provenance
 from flashhead.bench.products import pack_int4, pack_int8
 from flashhead.bench.timing import copy_bytes_per_sec, interleave
+from flashhead.environment import provenance
 from flashhead.index.codes import build_codes
 from flashhead.ops.scan.api import scan
 from flashhead.ops.scan.query import make_plan, make_query
@@ -157,7 +157,7 @@ def codes_methods(weight: torch.Tensor, hidden: torch.Tensor) -> dict[str, Metho
     options = CodesOptions(calibration_tokens=0)
     small = build_codes(weight[:CHECKED_ROWS], options)
     plan = make_plan(small)
-    query = make_query(hidden, small, plan)
+    query = make_query(hidden, small, plan, impl="cpu")
     scores = scan(query, small, plan, None, impl="cpu").numpy()
     wanted = scan(query, small, plan, None, impl="reference").numpy()
     require(np.allclose(scores, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()), "scan")
@@ -166,13 +166,13 @@ def codes_methods(weight: torch.Tensor, hidden: torch.Tensor) -> dict[str, Metho
         require(np.corrcoef(row, truth)[0, 1] > 0.75, "scan")
     index = build_codes(weight, options)
     plan = make_plan(index)
-    queries = [make_query(states[None], index, plan) for states in hidden]
+    queries = [make_query(states[None], index, plan, impl="cpu") for states in hidden]
 
     def prepared(number: int) -> torch.Tensor:
         return scan(queries[number % QUERIES], index, plan, None, impl="cpu")
 
     def whole(number: int) -> torch.Tensor:
-        query = make_query(hidden[number % QUERIES][None], index, plan)
+        query = make_query(hidden[number % QUERIES][None], index, plan, impl="cpu")
         return scan(query, index, plan, None, impl="cpu")
 
     name = f"flashhead scan, {options.bits} bits x 8-bit query"

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools share the cores of a test machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # two thread pools share the cores of a test machine
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 IMPLS = ("reference", "cpu")
 
 
-def clustered_head(rows: int, d: int, seed: int = 0, states: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+def clustered_head(
+    rows: int, d: int, seed: int = 0, states: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A head and hidden states with what real ones have: a common row, a steep spectrum, a mean hidden state.
 
     Returns:
@@ -19,8 +23,12 @@ def clustered_head(rows: int, d: int, seed: int = 0, states: int = 512) -> tuple
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, d + 1).float().rsqrt()
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
-    weight = torch.randn(rows, d, generator=generator) * spectrum @ basis + torch.randn(d, generator=generator)
-    hidden = torch.randn(states, d, generator=generator) * spectrum @ basis + torch.randn(d, generator=generator)
+    weight = torch.randn(rows, d, generator=generator) * spectrum @ basis + torch.randn(
+        d, generator=generator
+    )
+    hidden = torch.randn(states, d, generator=generator) * spectrum @ basis + torch.randn(
+        d, generator=generator
+    )
     return weight.bfloat16(), 4 * hidden
 
 
@@ -35,3 +43,20 @@ def tiny_model():  # type: ignore[no-untyped-def]
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory):  # type: ignore[no-untyped-def]
+    """The tiny model as a Hugging Face folder with a tokenizer of 515 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 515)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return str(folder)

@@ -138,6 +138,8 @@ def test_bench_head_document():
     wanted = ["bf16 F.linear", "bf16 F.linear + argmax", "int8 weight-only", "int4 weight-only"]
     wanted += ["FlashHead", "FlashHead + argmax"]
     assert names == [(batch, name) for batch in (1, 3) for name in wanted]
+    searched, dense = (row for row in document["rows"] if row["method"] == "FlashHead")
+    assert (searched["bytes_read"], dense["bytes_read"]) == (1000, 2 * V * D)
     table = format_head_table(document)
     assert table.count("FlashHead (dense)") == 1  # above the crossover, at batch 3 only
     assert "x F.linear" in table

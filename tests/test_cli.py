@@ -316,7 +316,7 @@ def test_index_bytes_formula(rows, dims, bits):
 
     options = CodesOptions(bits=bits)
     index = build_codes(torch.randn(rows, dims), options)
-    assert codes_bytes(rows, dims, options) == index.scan_bytes
+    assert codes_bytes(rows, dims, bits) == index.scan_bytes
 
 
 def last_document(done: subprocess.CompletedProcess[str]) -> dict:

@@ -22,9 +22,11 @@ BF16_EPS = 2.0**-8
 def estimate(weight, hidden, index):  # type: ignore[no-untyped-def]
     """Base estimates and their standard errors."""
     plan = make_plan(index)
-    query = make_query(hidden, index, plan)
+    query = make_query(hidden, index, plan, impl="reference")
     factors = query.base_variance
-    variance = factors[:, :1] * index.error[0].float() ** 2 + factors[:, 1:] * index.scale.float() ** 2
+    variance = (
+        factors[:, :1] * index.error[0].float() ** 2 + factors[:, 1:] * index.scale.float() ** 2
+    )
     return scan(query, index, plan, None, impl="reference"), variance.sqrt()
 
 
@@ -45,7 +47,7 @@ def test_more_bits_mean_less_error() -> None:
     weight, hidden = clustered_head(1000, 100)
     index = build_codes(weight, CodesOptions(bits=2.0), hidden)
     plan = make_plan(index)
-    query = make_query(hidden[:8], index, plan)
+    query = make_query(hidden[:8], index, plan, impl="reference")
     base = scan(query, index, plan, None, impl="reference")
     rows = torch.arange(1000)
     truth = hidden[:8].double() @ weight.double().T
@@ -54,7 +56,9 @@ def test_more_bits_mean_less_error() -> None:
         before, after = (base[n] - truth[n]).square().mean(), (refined - truth[n]).square().mean()
         assert after < before / 3
         factors = query.refined_variance[n]
-        predicted = factors[0] * index.error[1].double() ** 2 + factors[1] * index.scale.double() ** 2
+        predicted = (
+            factors[0] * index.error[1].double() ** 2 + factors[1] * index.scale.double() ** 2
+        )
         assert 0.7 < after / predicted.mean() < 1.4
 
 
@@ -80,7 +84,8 @@ def test_any_shape_round_trips(rows: int, d: int, bits: float, seed: int) -> Non
     assert again.options == index.options
     plan = make_plan(again)
     outputs = {
-        impl: search_codes(hidden[:3], weight, None, again, plan, impl) for impl in ("reference", "cpu")
+        impl: search_codes(hidden[:3], weight, None, again, plan, impl)
+        for impl in ("reference", "cpu")
     }
     truth = hidden[:3].double() @ weight.double().T
     spread = truth.abs().max() + 1e-6
@@ -89,7 +94,9 @@ def test_any_shape_round_trips(rows: int, d: int, bits: float, seed: int) -> Non
         assert torch.isfinite(output.logits).all()
         exact = truth.gather(1, best[:, None])[:, 0]
         assert ((truth.amax(1) - exact) <= 1e-5 * spread).all()
-    assert torch.allclose(outputs["cpu"].logits, outputs["reference"].logits, atol=float(1e-5 * spread))
+    assert torch.allclose(
+        outputs["cpu"].logits, outputs["reference"].logits, atol=float(1e-5 * spread)
+    )
 
 
 @pytest.mark.parametrize("kind", ["zero", "duplicate", "one"])
@@ -140,13 +147,17 @@ def test_bytes_are_counted() -> None:
     weight, hidden = clustered_head(1000, 64)
     index = build_codes(weight, CodesOptions(), hidden)
     output = search_codes(hidden[:2], weight, None, index, make_plan(index), "cpu")
-    scanned = index.base.nbytes + index.scale.nbytes + index.error[0].nbytes + index.direction.nbytes
+    scanned = (
+        index.base.nbytes + index.scale.nbytes + index.error[0].nbytes + index.direction.nbytes
+    )
     fixed = scanned + index.transform.nbytes + index.exact.nbytes
     assert index.scan_bytes == fixed
     assert (output.bytes_read >= fixed + output.candidates * 128).all()
 
 
-@pytest.mark.parametrize("name", ["base", "refine", "scale", "error", "direction", "exact", "transform"])
+@pytest.mark.parametrize(
+    "name", ["base", "refine", "scale", "error", "direction", "exact", "transform"]
+)
 def test_wrong_tensors_are_refused(name: str) -> None:
     """Catches a kernel that would read beyond a tensor a stranger cut short."""
     weight, hidden = clustered_head(64, 24)

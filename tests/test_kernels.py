@@ -29,13 +29,17 @@ def vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_scan_and_refine_equal_the_reference(shape: tuple[int, int], biased: bool, vnni: bool) -> None:
+def test_scan_and_refine_equal_the_reference(
+    shape: tuple[int, int], biased: bool, vnni: bool
+) -> None:
     """Catches a wrong field order, a lost run, a tail block read or written past its end."""
     weight, hidden = clustered_head(*shape)
     index = build_codes(weight, CodesOptions(bits=1.5), hidden)
     bias = torch.randn(shape[0]) if biased else None
     plan = make_plan(index)
-    query = make_query(hidden[:5], index, plan)
+    query = make_query(hidden[:5], index, plan, impl="reference")
+    for name, tensor in vars(make_query(hidden[:5], index, plan, impl="cpu")).items():
+        assert torch.allclose(tensor.float(), getattr(query, name).float(), rtol=1e-5), name
     wanted = scan(query, index, plan, bias, impl="reference")
     got = scan(query, index, plan, bias, impl="cpu")
     assert (got - wanted).abs().max() <= 4e-6 * wanted.abs().max()

@@ -17,7 +17,6 @@ _LAZY = {
     "FlashHead": "flashhead.nn.head",
     "HeadOutput": "flashhead.nn.output",
     "attach": "flashhead.integrations.transformers",
-    "convert": "flashhead.convert.head",
     "load": "flashhead.integrations.transformers",
     "load_tokenizer": "flashhead.integrations.transformers",
 }

@@ -13,21 +13,23 @@ class CodesOptions:
     """Codes index: what is stored (`bits`, `seed`, calibration) and how a query searches it.
 
     Args:
-        bits: mean bits a dimension that every query scans; the survivors read 2 more.
+        bits: mean bits a dimension that every query scans (survivors read 2 more); None: the cheapest expected.
         z: half-width of the confidence interval, in standard errors of a row's estimate.
         kl_budget: nats of expected KL(dense||flash) a token may lose to rows left at their estimate.
         calibration_tokens: tokens sampled from the model to learn where hidden states vary.
         seed: of the rotations and of the sampled text.
     """
 
-    bits: float = 2.0
+    bits: float | None = None
     z: float = 4.0
     kl_budget: float = 7e-4
     calibration_tokens: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("bits", self.bits, 0.25 <= self.bits <= 6, "0.25 to 6")
+        _require(
+            "bits", self.bits, self.bits is None or 0.25 <= self.bits <= 6, "0.25 to 6, or None"
+        )
         _require("z", self.z, 0 < self.z <= 40, "above 0 and at most 40")
         _require("kl_budget", self.kl_budget, 0 < self.kl_budget <= 1, "above 0 and at most 1")
         _require_calibration(self.calibration_tokens)
@@ -51,7 +53,7 @@ class ClustersOptions:
     cluster_size: int = 16
     probes: int = 256
     centroid_dtype: str = "int8"
-    iterations: int = 10
+    iterations: int = 6
     metric: str = "hidden"
     always: tuple[int, ...] = ()
     calibration_tokens: int = 4096
@@ -64,7 +66,9 @@ class ClustersOptions:
         _require("iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
         known = self.centroid_dtype in ("int8", "bf16")
         _require("centroid_dtype", self.centroid_dtype, known, "'int8' or 'bf16'")
-        _require("metric", self.metric, self.metric in ("hidden", "spherical"), "'hidden' or 'spherical'")
+        _require(
+            "metric", self.metric, self.metric in ("hidden", "spherical"), "'hidden' or 'spherical'"
+        )
         _require("always", self.always, all(token >= 0 for token in self.always), "token ids >= 0")
         _require_calibration(self.calibration_tokens)
 
@@ -83,7 +87,13 @@ def make_options(cls: type[T], values: dict[str, Any]) -> T:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise FlashHeadError(f"unknown option {unknown[0]!r}: wanted one of {', '.join(sorted(known))}")
+        raise FlashHeadError(
+            f"unknown option {unknown[0]!r}: wanted one of {', '.join(sorted(known))}"
+        )
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name, field.default)
+        if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
+            raise FlashHeadError(f"{field.name}={value!r}: wanted an integer")
     try:
         return cls(**values)
     except TypeError as error:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flashhead.bench.environment import provenance
 from flashhead.bench.timing import quantiles
+from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
 
 if TYPE_CHECKING:

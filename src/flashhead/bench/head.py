@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashhead.bench.environment import provenance
 from flashhead.bench.products import pack_int4, pack_int8
 from flashhead.bench.timing import copy_bytes_per_sec, interleave
+from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def bench_head(
                 dict(zip(bytes_read, calls, strict=True)), BASELINE, rounds=repeats
             )
             for name, timing in timings.items():
-                floor_ms = bytes_read[name] / bandwidth * 1e3
-                floor = {"bytes_read": bytes_read[name], "floor_ms": floor_ms}
+                dense = name.startswith("FlashHead") and batch > head.crossover_rows
+                size = dense_bytes if dense else bytes_read[name]
+                floor = {"bytes_read": size, "floor_ms": size / bandwidth * 1e3}
                 rows.append({"batch": batch, "method": name, **timing, **floor})
     return {
         "head": head.kind,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flashhead.errors import FlashHeadError
 from flashhead.options import ClustersOptions, CodesOptions, make_options
 
 HEADS = ("codes", "clusters")
@@ -70,15 +71,17 @@ def _fields(head: str) -> dict[str, Any]:
 
 
 def _convert(name: str, text: str, kind: Any) -> Any:
-    """Text of `--set` in the type of the option; text that does not fit is left to the check."""
-    from flashhead.errors import FlashHeadError
-
+    """Text of `--set` in the type of the option; its range is checked with the others."""
+    choices = [choice for choice in typing.get_args(kind) or (kind,) if choice is not Ellipsis]
+    if type(None) in choices and text == "none":
+        return None
     try:
         if typing.get_origin(kind) is tuple:
             return tuple(int(part) for part in text.split(",") if part)
-        return kind(text)
+        return choices[0](text)
     except ValueError as error:
-        wanted = "token ids with commas" if typing.get_origin(kind) is tuple else kind.__name__
+        many = typing.get_origin(kind) is tuple
+        wanted = "token ids with commas" if many else choices[0].__name__
         raise FlashHeadError(f"--set {name}={text}: wanted {wanted}") from error
 
 

@@ -7,7 +7,7 @@ from flashhead.cli.arguments import Parser, add_head, add_model, command, existi
 from flashhead.errors import FlashHeadError
 
 PROMPTS = (
-    "The lighthouse keeper climbed the stairs one last time, and from the top he saw",
+    "Here is a recipe for a simple tomato soup:\n",
     "Photosynthesis is the process by which plants",
     "def quicksort(values):\n    ",
 )

@@ -16,7 +16,7 @@ from flashhead._version import __version__
 from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, integer
 
 DEFAULT_MODEL = "gemma-3-270m"
-PROMPT = "The lighthouse keeper climbed the stairs one last time, and from the top he saw"
+PROMPT = "Here is a recipe for a simple tomato soup:\n"
 CHAT_PROMPT = "Explain in a few sentences why the sky is blue."
 SMALL_HEAD = 0.3
 """Share of a token's bytes below which the demo says that there is little to gain."""
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     load_seconds = time.perf_counter() - started
     import torch
 
-    from flashhead.bench.environment import provenance
     from flashhead.cli.decoding import Decoder, compare_steps
+    from flashhead.environment import provenance
 
     share = session.head_share(model)
     print(f"FlashHead {__version__}: {args.model}, CPU, {torch.get_num_threads()} threads")
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inputs = session.encode(tokenizer, prompt, raw=False).to(model.device)
     decoder = Decoder(model, tokenizer, inputs, args.max_new_tokens)
     head = decoder.head
-    print(f"model loaded and {head.kind} index ready in {load_seconds:.0f} s\n\nprompt: {prompt}")
+    print(f"model loaded and {head.kind} index ready in {load_seconds:.0f} s")
+    print(f"\nprompt: {prompt.strip()}")
     for name, flash in (("dense", False), ("FlashHead", True)):
         print(f"\n--- {name} " + "-" * (RULE - len(name) - 5), flush=True)
         decoder.generate(flash, sys.stdout)
@@ -128,9 +129,10 @@ def _print_table(document: dict[str, Any]) -> None:
     for name, dense, flash, last in rows:
         print(f"{name:<24}{dense:>14}{flash:>16}{last:>12}".rstrip())
     for step in differ:
+        why = ", which the dense head rounds away in bf16" if step["float32_picks_flash"] else ""
         print(
             f"step {step['step']}: dense {step['dense']!r}, FlashHead {step['flash']!r}; "
-            f"in float32 the winner is {step['float32']!r}"
+            f"in float32 the winner is {step['float32']!r}{why}"
         )
     if document["crossover_rows"] == 0:
         print("The search did not beat the dense product when measured here: FlashHead ran dense.")

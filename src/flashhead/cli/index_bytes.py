@@ -10,9 +10,10 @@ from typing import Any
 
 from flashhead.cli.ledger import Ledger, TensorInfo, read_safetensors
 from flashhead.errors import FlashHeadError
-from flashhead.options import CodesOptions
 
 INDEX_FILE = "flashhead.safetensors"
+USUAL_BITS = 1.5
+"""Bits a dimension where no index says what fits its model."""
 SCANNED = {
     "codes": ("base", "scale", "direction", "exact", "transform"),
     "clusters": (
@@ -24,7 +25,7 @@ SCANNED = {
 
 
 def describe_index(source: Path, config: dict[str, Any], book: Ledger) -> dict[str, Any]:
-    """The index of a converted folder, else what the default codes index would read.
+    """The index of a converted folder, else what a codes index of the usual size reads.
 
     Returns:
         JSON-able: `kind`, `measured`, `bytes_per_query`, `bytes_fraction` of the head, and for a
@@ -35,9 +36,9 @@ def describe_index(source: Path, config: dict[str, Any], book: Ledger) -> dict[s
     """
     section = config.get("flashhead")
     if section is None:
-        options = CodesOptions()
-        size = float(codes_bytes(book.vocab_size, book.hidden_size, options))
-        return {"kind": "codes", "measured": False} | _per_query(size, book)
+        size = float(codes_bytes(book.vocab_size, book.hidden_size, USUAL_BITS))
+        expected = {"kind": "codes", "measured": False, "bits": USUAL_BITS}
+        return expected | _per_query(size, book)
     file = source / INDEX_FILE
     if not file.is_file():
         raise FlashHeadError(f"{file} is missing: convert the model again")
@@ -67,12 +68,12 @@ def _per_query(size: float, book: Ledger) -> dict[str, float]:
     return {"bytes_per_query": size, "bytes_fraction": size / book.head_bytes}
 
 
-def codes_bytes(vocab_size: int, hidden_size: int, options: CodesOptions) -> int:
-    """Bytes that every query reads of a codes index with these options.
+def codes_bytes(vocab_size: int, hidden_size: int, bits: float) -> int:
+    """Bytes that every query reads of a codes index of so many bits a dimension.
 
     Words of 4 bytes for 16 dimensions x 2 bits; scale, error and coefficient of a row: 8 bytes.
     """
-    words = max(1, round(options.bits * hidden_size / 32))
+    words = max(1, round(bits * hidden_size / 32))
     rows = math.ceil(vocab_size / 16) * 16
     padded = max(16, math.ceil((hidden_size - 1) / 16) * 16)
     return rows * words * 4 + vocab_size * 8 + padded * hidden_size * 2 + 2 * hidden_size * 4

@@ -69,7 +69,11 @@ def _print(document: dict[str, Any]) -> None:
 def _print_index(document: dict[str, Any]) -> None:
     index = document["index"]
     head, read = document["bytes_per_token"]["head"], index["bytes_per_query"]
-    what = "index in this folder" if index["measured"] else "default index"
+    what = (
+        "index in this folder"
+        if index["measured"]
+        else f"expected at {index['bits']} bits a dimension"
+    )
     more = ", and the rows that may win on top" if index["kind"] == "codes" else ""
     print(
         f"\nFlashHead, {index['kind']} ({what}): reads {read / 1e6:.1f} MB of the head's "

@@ -60,7 +60,9 @@ def convert(
     built, sample = attachment.head.index, attachment.head.sample
     assert built is not None
     attachment.detach()
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.partial-") as partial:
+    with tempfile.TemporaryDirectory(
+        dir=out.absolute().parent, prefix=f".{out.name}.partial-"
+    ) as partial:
         folder = Path(partial) / "folder"
         folder.mkdir()
         if hasattr(loaded.config, "flashhead"):
@@ -90,4 +92,6 @@ def convert(
 def _require_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise FlashHeadError(f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+        raise FlashHeadError(
+            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there"
+        )

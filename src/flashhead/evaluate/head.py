@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flashhead.bench.environment import provenance
+from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate.baselines import QuantizedHead, float32_logits, quantize_head
 from flashhead.evaluate.capture import Postprocess, hidden_states

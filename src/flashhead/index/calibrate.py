@@ -49,11 +49,17 @@ def hidden_moments(hidden: Tensor | None, weight_mean: Tensor) -> HiddenMoments:
     d = weight_mean.shape[0]
     if hidden is None or hidden.shape[0] == 0:
         direction = _unit(weight_mean)
-        return HiddenMoments(direction, _complement(direction), torch.eye(d - 1, dtype=torch.float64), 0)
+        return HiddenMoments(
+            direction, _complement(direction), torch.eye(d - 1, dtype=torch.float64), 0
+        )
     if hidden.dim() != 2 or hidden.shape[1] != d:
-        raise FlashHeadError(f"calibration hidden states have shape {tuple(hidden.shape)}, wanted [tokens, {d}]")
+        raise FlashHeadError(
+            f"calibration hidden states have shape {tuple(hidden.shape)}, wanted [tokens, {d}]"
+        )
     if not torch.isfinite(hidden).all():
-        raise FlashHeadError("calibration hidden states hold NaN or infinity: check the model's weights")
+        raise FlashHeadError(
+            "calibration hidden states hold NaN or infinity: check the model's weights"
+        )
     states = hidden.double()
     mean = states.mean(0)
     direction = _unit(mean if mean.norm() > 0 else weight_mean)

@@ -19,7 +19,9 @@ def check_tensor(
     tensor = tensors[name]
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         got = f"{tensor.dtype}{list(tensor.shape)}"
-        raise FlashHeadError(f"index tensor {name!r} is {got}, wanted {dtype}{list(shape)}: {REMEDY}")
+        raise FlashHeadError(
+            f"index tensor {name!r} is {got}, wanted {dtype}{list(shape)}: {REMEDY}"
+        )
     return tensor
 
 
@@ -27,7 +29,9 @@ def metadata_int(metadata: dict[str, Any], name: str, least: int) -> int:
     """The integer `name` of the metadata, at least `least`; FlashHeadError else."""
     value = metadata.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise FlashHeadError(f"index metadata {name!r} is {value!r}, wanted an integer >= {least}: {REMEDY}")
+        raise FlashHeadError(
+            f"index metadata {name!r} is {value!r}, wanted an integer >= {least}: {REMEDY}"
+        )
     return value
 
 

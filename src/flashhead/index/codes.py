@@ -50,6 +50,13 @@ _STEP = {0: 0.9957, 2: 0.2875, 4: 0.09, 6: 0.025}
 step cut back (4-bit: 0.335) so that the base prefix alone stays within 6 % of the optimum of its own width."""
 _DISTORTION = {0: 1.0, 2: 0.125, 4: 0.0125, 6: 0.0011}
 """Mean squared error of the base code of a unit Gaussian, by base bits."""
+_REFINED_DISTORTION = {0: 0.119, 2: 0.0125, 4: 0.0011, 6: 0.0001}
+"""The same with the refinement."""
+BITS = (1.0, 1.5, 2.0, 2.5)
+"""What `bits=None` chooses from."""
+CHOICE_STATES = 64
+GATHER_COST = 5
+"""Time of a gathered byte over a scanned one, measured on 2 cores (docs/log.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +157,9 @@ class CodesIndex:
         segments = tuple(_read_segment(entry) for entry in metadata_list(metadata, "segments"))
         groups = sum(segment.groups for segment in segments)
         if groups != _padded_dims(d) // GROUP:
-            raise FlashHeadError(f"index segments cover {groups} groups, wanted {_padded_dims(d) // GROUP}")
+            raise FlashHeadError(
+                f"index segments cover {groups} groups, wanted {_padded_dims(d) // GROUP}"
+            )
         words = sum(segment.groups * segment.base_bits // 2 for segment in segments)
         blocks = -(-rows // BLOCK_ROWS)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -184,11 +193,17 @@ def build_codes(
         FlashHeadError: `weight` is no finite matrix, or `hidden` does not fit it.
     """
     if weight.dim() != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
-        raise FlashHeadError(f"head weight is {weight.dtype}{list(weight.shape)}, wanted floating [V, d]")
+        raise FlashHeadError(
+            f"head weight is {weight.dtype}{list(weight.shape)}, wanted floating [V, d]"
+        )
     weight = weight.detach()
     mean, covariance = _row_moments(weight)
     moments = hidden_moments(hidden, mean)
-    transform, exact, segments = _design(moments, mean, covariance, options)
+    spectrum = _spectrum(moments, covariance)
+    if options.bits is None:
+        expected = expected_costs(spectrum[0], weight, options, hidden)
+        options = dataclasses.replace(options, bits=min(expected, key=expected.__getitem__))
+    transform, exact, segments = _design(moments, mean, spectrum, options)
     inverse = _row_transform(transform, exact)
     rows = weight.shape[0]
     parts: list[_Coded] = []
@@ -201,7 +216,9 @@ def build_codes(
         base=_blocked(coded.base),
         refine=coded.refine,
         scale=coded.scale,
-        error=torch.stack([coded.base_error.sum(1).sqrt(), coded.refined_error.sum(1).sqrt()]).bfloat16(),
+        error=torch.stack(
+            [coded.base_error.sum(1).sqrt(), coded.refined_error.sum(1).sqrt()]
+        ).bfloat16(),
         direction=coded.direction,
         exact=exact,
         transform=transform,
@@ -249,25 +266,72 @@ def _row_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square / rows - torch.outer(mean, mean)
 
 
-def _design(
-    moments: HiddenMoments, mean: Tensor, covariance: Tensor, options: CodesOptions
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """Choose transform (bfloat16[D, d]), exact functionals (float32[2, d]) and bit allocation."""
-    d = mean.shape[0]
-    dims = _padded_dims(d)
-    exact = torch.stack([moments.direction, mean]).float()
+def _spectrum(moments: HiddenMoments, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances of the whitened coordinates in descending order (float64[D], padded by zeros), and their functionals
+    (float64[D, d]).
+    """
+    d = covariance.shape[0]
     values, vectors = torch.linalg.eigh(moments.second_moment)
     root, inverse_root = values.clamp_min(1e-30).sqrt(), values.clamp_min(1e-30).rsqrt()
     half = moments.complement @ (vectors * root)  # C^1/2 up to a rotation: float64[d, d-1]
     inner = half.T @ covariance @ half
     spectrum, basis = torch.linalg.eigh((inner + inner.T) / 2)
-    spectrum, basis = spectrum.flip(0).clamp_min(0), basis.flip(1)
-    whiten = (moments.complement @ (vectors * inverse_root) @ basis).T  # float64[d-1, d]
-    padded = torch.zeros(dims, d, dtype=torch.float64)
-    padded[: d - 1] = whiten
-    variances = torch.zeros(dims, dtype=torch.float64)
-    variances[: d - 1] = spectrum
-    segments = _allocate(variances, options.bits, d)
+    whiten = (moments.complement @ (vectors * inverse_root) @ basis.flip(1)).T  # float64[d-1, d]
+    functionals = torch.zeros(_padded_dims(d), d, dtype=torch.float64)
+    functionals[: d - 1] = whiten
+    variances = torch.zeros(_padded_dims(d), dtype=torch.float64)
+    variances[: d - 1] = spectrum.flip(0).clamp_min(0)
+    return variances, functionals
+
+
+def expected_costs(
+    variances: Tensor, weight: Tensor, options: CodesOptions, hidden: Tensor | None
+) -> dict[float, float]:
+    """Cost a token, in scanned bytes, that each of BITS is expected to have, from the dense logits of a few calibration states.
+
+    Gathered bytes count GATHER_COST times.
+
+    Args:
+        variances: `float64[D]`, of the whitened coordinates.
+        weight: floating `[V, d]`.
+        options: `z` and `kl_budget` are used.
+        hidden: floating `[n, d]`, or None: 2 bits then.
+    """
+    rows, d = weight.shape
+    if hidden is None or hidden.shape[0] == 0:
+        return {2.0: 0.0}
+    states = hidden[:: max(1, hidden.shape[0] // CHOICE_STATES)][:CHOICE_STATES].to(weight.dtype)
+    logits = torch.nn.functional.linear(states, weight).float().sort(1, descending=True).values
+    mass = torch.softmax(logits, 1)
+    left = mass.flip(1).cumsum(1).flip(1)  # probability of this row and all below
+    expected = {}
+    for bits in BITS:
+        segments = _allocate(variances, bits, d)
+        base, refined = (
+            sum(s.groups * GROUP * s.variance * table[s.base_bits] for s in segments)
+            for table in (_DISTORTION, _REFINED_DISTORTION)
+        )
+        gathered = 0.0
+        for variance, size in (
+            (base, _refine_words(d) * 4 + 2),
+            (refined, d * weight.element_size()),
+        ):
+            by_mass = left * variance / 2 > options.kl_budget / 2
+            by_rank = logits >= logits[:, :1] - 2 * options.z * variance**0.5
+            gathered += float((by_mass | by_rank).sum(1).double().mean()) * size
+        words = sum(s.groups * s.base_bits // 2 for s in segments)
+        expected[bits] = rows * (4 * words + 8) + GATHER_COST * gathered
+    return expected
+
+
+def _design(
+    moments: HiddenMoments, mean: Tensor, spectrum: tuple[Tensor, Tensor], options: CodesOptions
+) -> tuple[Tensor, Tensor, list[Segment]]:
+    """Choose transform (bfloat16[D, d]), exact functionals (float32[2, d]) and bit allocation."""
+    variances, padded = spectrum
+    assert options.bits is not None
+    exact = torch.stack([moments.direction, mean]).float()
+    segments = _allocate(variances, options.bits, mean.shape[0])
     generator = torch.Generator().manual_seed(options.seed)
     start = 0
     for segment in segments:
@@ -338,7 +402,9 @@ def _encode(coordinates: Tensor, segments: list[Segment]) -> _Coded:
         refined_errors.append((part - value).square().sum(1))
         code = code.to(torch.uint8)
         prefix = code >> REFINE_BITS
-        value = (prefix.float() - (2**segment.base_bits - 1) / 2) * (4 * step) * scale.float()[:, None]
+        value = (
+            (prefix.float() - (2**segment.base_bits - 1) / 2) * (4 * step) * scale.float()[:, None]
+        )
         base_errors.append((part - value).square().sum(1))
         levels = range(segment.base_bits - 2, -1, -2)
         base.extend(_pack((prefix >> shift) & 3) for shift in levels)
@@ -384,7 +450,9 @@ def _read_segment(entry: Any) -> Segment:
         groups, base_bits, *rest = entry
         segment = Segment(int(groups), int(base_bits), *(float(value) for value in rest))
     except (TypeError, ValueError) as error:
-        raise FlashHeadError(f"index segment {entry!r} is not readable: convert the model again") from error
+        raise FlashHeadError(
+            f"index segment {entry!r} is not readable: convert the model again"
+        ) from error
     if segment.groups < 1 or segment.base_bits not in _STEP:
         raise FlashHeadError(f"index segment {entry!r} is out of range: convert the model again")
     return segment

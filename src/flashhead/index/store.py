@@ -21,7 +21,10 @@ from flashhead.index.codes import CodesIndex
 INDEX_FILE = "flashhead.safetensors"
 FORMAT_VERSION = 1
 SAMPLE_ROWS = 64
-_KINDS: dict[str, type[CodesIndex] | type[ClustersIndex]] = {"codes": CodesIndex, "clusters": ClustersIndex}
+_KINDS: dict[str, type[CodesIndex] | type[ClustersIndex]] = {
+    "codes": CodesIndex,
+    "clusters": ClustersIndex,
+}
 _READ_BYTES = 1 << 24
 
 
@@ -73,13 +76,17 @@ def load_index(
     path = folder / INDEX_FILE
     version = section.get("format_version")
     if version != FORMAT_VERSION:
-        raise FlashHeadError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}: {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}: {REMEDY}"
+        )
     kind = section.get("index")
     if kind not in _KINDS:
         raise FlashHeadError(f"{path}: index {kind!r}, wanted one of {', '.join(_KINDS)}: {REMEDY}")
     shape = [metadata_int(section, "vocab_size", 1), metadata_int(section, "hidden_size", 1)]
     if shape != list(weight.shape):
-        raise FlashHeadError(f"{path}: built from a head {shape}, this head is {list(weight.shape)}: {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: built from a head {shape}, this head is {list(weight.shape)}: {REMEDY}"
+        )
     _check_file(path, section)
     _check_head(path, section, weight)
     try:
@@ -93,7 +100,9 @@ def load_index(
     parameters = section.get("parameters")
     if not isinstance(parameters, dict):
         raise FlashHeadError(f"{path}: config.json has no index parameters: {REMEDY}")
-    index = _KINDS[kind].from_tensors(tensors, {**parameters, "vocab_size": shape[0], "hidden_size": shape[1]})
+    index = _KINDS[kind].from_tensors(
+        tensors, {**parameters, "vocab_size": shape[0], "hidden_size": shape[1]}
+    )
     return index, sample
 
 
@@ -111,18 +120,26 @@ def _check_file(path: Path, section: dict[str, Any]) -> None:
         raise FlashHeadError(f"{path}: missing, but config.json names an index: {REMEDY}")
     size, wanted = path.stat().st_size, metadata_int(section, "index_bytes", 1)
     if size != wanted:
-        raise FlashHeadError(f"{path}: {size:,} bytes, wanted {wanted:,} (truncated?): copy it again, or {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: {size:,} bytes, wanted {wanted:,} (truncated?): copy it again, or {REMEDY}"
+        )
     if _file_sha256(path) != section.get("index_sha256"):
-        raise FlashHeadError(f"{path}: SHA-256 differs from config.json's: copy it again, or {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: SHA-256 differs from config.json's: copy it again, or {REMEDY}"
+        )
 
 
 def _check_head(path: Path, section: dict[str, Any], weight: Tensor) -> None:
     """Compare the head's checksum, in the dtype it was saved in (the user may load it in another)."""
     dtype = getattr(torch, str(section.get("head_dtype")), None)
     if not isinstance(dtype, torch.dtype):
-        raise FlashHeadError(f"{path}: head dtype {section.get('head_dtype')!r} is unknown: {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: head dtype {section.get('head_dtype')!r} is unknown: {REMEDY}"
+        )
     if tensor_sha256(weight.to(dtype)) != section.get("head_sha256"):
-        raise FlashHeadError(f"{path}: built from other weights (the head's SHA-256 differs): {REMEDY}")
+        raise FlashHeadError(
+            f"{path}: built from other weights (the head's SHA-256 differs): {REMEDY}"
+        )
 
 
 def _file_sha256(path: Path) -> str:

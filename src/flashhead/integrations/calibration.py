@@ -23,7 +23,9 @@ class _Tick(StoppingCriteria):
 
 
 @torch.inference_mode()
-def sample_hidden_states(model: PreTrainedModel, tokens: int, seed: int, progress: bool = False) -> Tensor:
+def sample_hidden_states(
+    model: PreTrainedModel, tokens: int, seed: int, progress: bool = False
+) -> Tensor:
     """Sample text at temperature 1 from the model and return what enters its head.
 
     Args:
@@ -47,12 +49,20 @@ def sample_hidden_states(model: PreTrainedModel, tokens: int, seed: int, progres
 
     start = torch.full((batch, 1), _first_token(model), device=model.device)
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=0, use_cache=True
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        pad_token_id=0,
+        use_cache=True,
     )
     hook = head.register_forward_pre_hook(keep)
     was_training = model.training
     model.eval()
-    bar = tqdm(total=batch * length, desc="sampling", unit="token", disable=not progress, leave=False)
+    bar = tqdm(
+        total=batch * length, desc="sampling", unit="token", disable=not progress, leave=False
+    )
     try:
         with torch.random.fork_rng(devices=[]), bar:
             torch.manual_seed(seed)

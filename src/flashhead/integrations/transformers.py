@@ -27,7 +27,9 @@ try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.utils.quantization_config import GgufConfig
 except ImportError as error:
-    raise ImportError("transformers is not installed: pip install 'flashhead[transformers,cpu]'") from error
+    raise ImportError(
+        "transformers is not installed: pip install 'flashhead[transformers,cpu]'"
+    ) from error
 
 HEADS = ("codes", "clusters", "dense")
 _SEARCH_OPTIONS = ("z", "kl_budget", "probes")
@@ -102,7 +104,9 @@ def load(
         attach(loaded, index.kind, impl=impl, index=_with_options(index, options), sample=sample)
     else:
         if has_index and head != "dense":
-            _log.warning("%s holds a %s index; a new %s index is built", source, section.get("index"), head)
+            _log.warning(
+                "%s holds a %s index; a new %s index is built", source, section.get("index"), head
+            )
         attach(loaded, head or "codes", impl=impl, progress=progress, **options)
     return loaded
 
@@ -125,7 +129,9 @@ def load_dense(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
     except ImportError as error:
-        raise FlashHeadError(f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[gguf]'") from error
+        raise FlashHeadError(
+            f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[gguf]'"
+        ) from error
     except Exception as error:  # whatever the checkpoint's reader raises: the cause stays attached
         if not _is_checkpoint_error(error):
             raise
@@ -151,7 +157,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError) as error:
-        raise FlashHeadError(f"model {model!r} has no readable tokenizer: {_first_line(error)}") from error
+        raise FlashHeadError(
+            f"model {model!r} has no readable tokenizer: {_first_line(error)}"
+        ) from error
 
 
 def gguf_to_folder(gguf: Path, out: Path) -> None:
@@ -204,7 +212,9 @@ def attach(
         if index is None:
             index, hidden = _build(model, linear, head, progress, hidden, options)
         states = sample if sample is not None else hidden
-        replaced = FlashHead(linear, index, impl=impl, sample=None if states is None else _spread(states))
+        replaced = FlashHead(
+            linear, index, impl=impl, sample=None if states is None else _spread(states)
+        )
     model.set_output_embeddings(replaced)
     return Attachment(model, replaced, linear)
 
@@ -245,7 +255,9 @@ def read_config(model: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise FlashHeadError(f"model {model!r} has no readable config: {_first_line(error)}") from error
+        raise FlashHeadError(
+            f"model {model!r} has no readable config: {_first_line(error)}"
+        ) from error
 
 
 def _build(
@@ -274,8 +286,12 @@ def _special_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     for config in (model.config.get_text_config(), model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return tuple(sorted(token for token in found if 0 <= token < model.config.get_text_config().vocab_size))
+            found.update(
+                value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            )
+    return tuple(
+        sorted(token for token in found if 0 <= token < model.config.get_text_config().vocab_size)
+    )
 
 
 def _linear_head(model: PreTrainedModel) -> nn.Linear:
@@ -283,16 +299,22 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
     if isinstance(head, FlashHead):
         raise FlashHeadError("the model has a FlashHead already: detach it first")
     if type(head) is not nn.Linear or not head.weight.is_floating_point():
-        raise FlashHeadError(f"the output embedding is {type(head).__name__}, wanted a floating nn.Linear")
+        raise FlashHeadError(
+            f"the output embedding is {type(head).__name__}, wanted a floating nn.Linear"
+        )
     return head
 
 
-def _with_options(index: CodesIndex | ClustersIndex, values: dict[str, Any]) -> CodesIndex | ClustersIndex:
+def _with_options(
+    index: CodesIndex | ClustersIndex, values: dict[str, Any]
+) -> CodesIndex | ClustersIndex:
     saved = dataclasses.asdict(index.options)
     wanted = make_options(type(index.options), {**saved, **values})
     for name, value in dataclasses.asdict(wanted).items():
         if value != saved[name] and name not in _SEARCH_OPTIONS:
-            raise FlashHeadError(f"{name}={value!r}: the saved index has {saved[name]!r}; convert the model again")
+            raise FlashHeadError(
+                f"{name}={value!r}: the saved index has {saved[name]!r}; convert the model again"
+            )
     return dataclasses.replace(index, options=wanted)  # type: ignore[arg-type]
 
 
@@ -310,7 +332,9 @@ def _is_checkpoint_error(error: Exception) -> bool:
     """Whether an exception speaks of the checkpoint (missing, damaged, unsupported) and not of a bug."""
     from safetensors import SafetensorError
 
-    return isinstance(error, (OSError, ValueError, KeyError, SafetensorError, RuntimeError, TypeError))
+    return isinstance(
+        error, (OSError, ValueError, KeyError, SafetensorError, RuntimeError, TypeError)
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,7 +61,9 @@ class FlashHead(nn.Linear):
         if index is not None:
             if (index.vocab_size, index.hidden_size) != tuple(self.weight.shape):
                 got = [index.vocab_size, index.hidden_size]
-                raise FlashHeadError(f"the index is of a head {got}, this head is {list(self.weight.shape)}")
+                raise FlashHeadError(
+                    f"the index is of a head {got}, this head is {list(self.weight.shape)}"
+                )
             self.impl = resolve_impl(impl, self.weight.device)
             self._plan: Any = _plan_of(index)
             self._fingerprint = self._weight_state()
@@ -102,11 +104,15 @@ class FlashHead(nn.Linear):
         if self.index is None:
             raise FlashHeadError("this head is dense: it has no index to search")
         if hidden.dim() != 2 or hidden.shape[1] != self.in_features:
-            raise FlashHeadError(f"hidden has shape {list(hidden.shape)}, wanted [n, {self.in_features}]")
+            raise FlashHeadError(
+                f"hidden has shape {list(hidden.shape)}, wanted [n, {self.in_features}]"
+            )
         if not torch.isfinite(hidden).all():
             raise FlashHeadError("hidden holds NaN or infinity: no token can be searched for")
         if self._fingerprint != self._weight_state():
-            raise FlashHeadError("the head's weight changed after its index was built: detach and attach again")
+            raise FlashHeadError(
+                "the head's weight changed after its index was built: detach and attach again"
+            )
         from flashhead.nn.search import search_clusters, search_codes
 
         bias = None if self.bias is None else self.bias.float()
@@ -146,7 +152,9 @@ class FlashHead(nn.Linear):
                 break
             best, rows = rows, 2 * rows
         if best == 0:
-            _log.warning("the %s search does not beat the dense head here: the dense one runs", self.kind)
+            _log.warning(
+                "the %s search does not beat the dense head here: the dense one runs", self.kind
+            )
         else:
             _log.info("measured crossover: the %s search pays up to %d rows", self.kind, best)
         return best

@@ -15,7 +15,12 @@ from flashhead.ops.select.api import select
 
 
 def search_codes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: CodesIndex, plan: CodesPlan, impl: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: CodesIndex,
+    plan: CodesPlan,
+    impl: str,
 ) -> HeadOutput:
     """Scan all rows coarsely, refine the survivors, score the last few exactly.
 
@@ -30,7 +35,7 @@ def search_codes(
         impl: "cpu" or "reference".
     """
     z, budget = index.options.z, index.options.kl_budget / 2
-    query = make_query(hidden, index, plan)
+    query = make_query(hidden, index, plan, impl=impl)
     logits = scan(query, index, plan, bias, impl=impl)
     row_bytes = weight.shape[1] * weight.element_size()
     fixed_bytes = index.scan_bytes + (0 if bias is None else 4 * index.vocab_size)
@@ -55,7 +60,11 @@ def search_codes(
         approximate[survivors] = refined
         approximate[candidates] = exact
         certified = bool(exact.max() >= max(upper, refined_upper))
-        read = fixed_bytes + survivors.numel() * index.refine_row_bytes + candidates.numel() * row_bytes
+        read = (
+            fixed_bytes
+            + survivors.numel() * index.refine_row_bytes
+            + candidates.numel() * row_bytes
+        )
         counts[:, n] = torch.tensor([candidates.numel(), certified, read])
     return HeadOutput(logits, counts[0], counts[1].bool(), counts[2])
 

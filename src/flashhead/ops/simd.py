@@ -112,7 +112,9 @@ def dot16_vnni(_context, codes, query, words, factor, out):  # type: ignore[no-u
         place = builder.inttoptr(out, floats.as_pointer())
         old = builder.load(place)
         old.align = 4
-        builder.store(builder.fadd(old, builder.fmul(sums, _splat(builder, factor, 16))), place).align = 4
+        builder.store(
+            builder.fadd(old, builder.fmul(sums, _splat(builder, factor, 16))), place
+        ).align = 4
         return context.get_dummy_value()
 
     return signature, emit
@@ -130,3 +132,32 @@ def dot_row_vnni(_context, codes, query, chunks):  # type: ignore[no-untyped-def
         return builder.add(builder.add(lanes[0], lanes[1]), builder.add(lanes[2], lanes[3]))
 
     return signature, emit
+
+
+@intrinsic
+def prefetch(_context, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at an int64 address; a hint, never a fault."""
+    signature = types.void(types.int64)
+
+    def emit(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        name = "llvm.prefetch.p0"
+        known = [function for function in builder.module.functions if function.name == name]
+        kinds = [pointer.type, _I32, _I32, _I32]
+        function = (
+            known[0]
+            if known
+            else ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        )
+        read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        builder.call(function, [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
+@numba.njit(inline="always")
+def prefetch_row(address, size):  # type: ignore[no-untyped-def]
+    """Ask for all cache lines of a row of `size` bytes."""
+    for offset in range(0, size, 64):
+        prefetch(address + offset)

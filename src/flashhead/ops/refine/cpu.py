@@ -10,6 +10,7 @@ from flashhead.ops import simd
 from flashhead.ops.scan.query import CodesQuery
 
 _ROWS_A_TASK = 256
+_AHEAD = 8
 
 
 @numba.njit(inline="always")
@@ -30,6 +31,8 @@ def _refine(codes, query, factor, offset, scale, rows, estimates, out, vnni):  #
     for task in numba.prange((rows.shape[0] + _ROWS_A_TASK - 1) // _ROWS_A_TASK):
         for i in range(task * _ROWS_A_TASK, min(rows.shape[0], (task + 1) * _ROWS_A_TASK)):
             row = rows[i]
+            ahead = rows[min(i + _AHEAD, rows.shape[0] - 1)]
+            simd.prefetch_row(codes.ctypes.data + ahead * words * 4, words * 4)
             if vnni:
                 place = codes.ctypes.data + row * words * 4
                 total = simd.dot_row_vnni(place, query.ctypes.data, words // 4)
@@ -38,7 +41,9 @@ def _refine(codes, query, factor, offset, scale, rows, estimates, out, vnni):  #
             out[i] = estimates[i] + simd.bf16(scale[row]) * (factor * np.float32(total) - offset)
 
 
-def refine(query: CodesQuery, number: int, index: CodesIndex, rows: Tensor, estimates: Tensor) -> Tensor:
+def refine(
+    query: CodesQuery, number: int, index: CodesIndex, rows: Tensor, estimates: Tensor
+) -> Tensor:
     """Estimates of `rows` with the refinement bits added: float32[k]."""
     out = torch.empty_like(estimates)
     _refine(

@@ -3,7 +3,9 @@
 from torch import Tensor
 
 
-def rescore(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *, impl: str) -> Tensor:
+def rescore(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *, impl: str
+) -> Tensor:
     """Score some rows exactly; equals `weight[rows].float() @ hidden.float() + bias[rows]`.
 
     Args:

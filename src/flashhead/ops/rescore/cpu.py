@@ -8,6 +8,7 @@ from torch import Tensor
 from flashhead.ops import simd
 
 _ROWS_A_TASK = 128
+_AHEAD = 2
 
 
 @numba.njit(parallel=True, fastmath=simd.FASTMATH, cache=True)
@@ -15,6 +16,8 @@ def _rescore_bf16(hidden, weight, bias, rows, out):  # type: ignore[no-untyped-d
     for task in numba.prange((rows.shape[0] + _ROWS_A_TASK - 1) // _ROWS_A_TASK):
         for i in range(task * _ROWS_A_TASK, min(rows.shape[0], (task + 1) * _ROWS_A_TASK)):
             row = weight[rows[i]]
+            ahead = rows[min(i + _AHEAD, rows.shape[0] - 1)]
+            simd.prefetch_row(weight.ctypes.data + ahead * weight.strides[0], weight.strides[0])
             total = np.float32(0)
             for j in range(hidden.shape[0]):
                 total += simd.bf16(row[j]) * hidden[j]
@@ -28,6 +31,8 @@ def _rescore_f32(hidden, weight, bias, rows, out):  # type: ignore[no-untyped-de
     for task in numba.prange((rows.shape[0] + _ROWS_A_TASK - 1) // _ROWS_A_TASK):
         for i in range(task * _ROWS_A_TASK, min(rows.shape[0], (task + 1) * _ROWS_A_TASK)):
             row = weight[rows[i]]
+            ahead = rows[min(i + _AHEAD, rows.shape[0] - 1)]
+            simd.prefetch_row(weight.ctypes.data + ahead * weight.strides[0], weight.strides[0])
             total = np.float32(0)
             for j in range(hidden.shape[0]):
                 total += row[j] * hidden[j]

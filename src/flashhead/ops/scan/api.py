@@ -6,7 +6,9 @@ from flashhead.index.codes import CodesIndex
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
-def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None, *, impl: str) -> Tensor:
+def scan(
+    query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None, *, impl: str
+) -> Tensor:
     """Estimate every logit; equals, up to the coding error that the query's variance describes,
 
         hidden.float() @ weight.float().T + bias

@@ -1,6 +1,6 @@
 """A hidden state in the form the codes are multiplied with: int8 coordinates, one scale a segment.
 
-Shared by every implementation, so that all of them multiply the same integers. For segment g of n_g coordinates h_g,
+All implementations multiply the same integers. For segment g of n_g coordinates h_g,
 base code value 4 step_g (k - c_g) with c_g = (2^b_g - 1)/2, and q = round(h_g / s_g), s_g = max|h_g| / 127:
 
     estimate_v = scale_v (sum_g 4 step_g s_g (q.k_g - c_g sum(q))) + direction_v (h.r) + h.m
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from flashhead.index.codes import GROUP, REFINE_BITS, CodesIndex
+
+FIELD_VARIANCE = (4**REFINE_BITS - 1) / 12
+"""Of a uniform 2-bit field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,7 @@ class CodesPlan:
     sizes: Tensor  # float32[segments]
     step_of: Tensor  # float32[D]
     offset_gain: Tensor  # float32[segments]
-    base_share: Tensor  # float32[segments]
-    refined_share: Tensor  # float32[segments]
+    shares: Tensor  # float32[2, segments]: of the base and the refined error
     rounding: Tensor  # float32[segments]: n_g variance_g / 12
     refine_words: int
 
@@ -95,20 +97,27 @@ def make_plan(index: CodesIndex) -> CodesPlan:
         sizes=sizes,
         step_of=steps[owner],
         offset_gain=floats([4 * s.step * (2**s.base_bits - 1) / 2 for s in segments]),
-        base_share=floats([segment.base_share for segment in segments]),
-        refined_share=floats([segment.refined_share for segment in segments]),
+        shares=floats([[s.base_share for s in segments], [s.refined_share for s in segments]]),
         rounding=sizes * floats([segment.variance for segment in segments]) / 12,
         refine_words=int(index.refine.shape[1]),
     )
 
 
-def make_query(hidden: Tensor, index: CodesIndex, plan: CodesPlan) -> CodesQuery:
-    """Prepare hidden states `[n, d]` (floating) for an index."""
-    n = hidden.shape[0]
+def make_query(hidden: Tensor, index: CodesIndex, plan: CodesPlan, *, impl: str) -> CodesQuery:
+    """Prepare hidden states `[n, d]` (floating) for an index; impl "cpu" or "reference", the same integers."""
     coded = torch.nn.functional.linear(hidden.to(torch.bfloat16), index.transform).float()
-    along, shift = (hidden.float() @ index.exact.T).unbind(1)
+    if impl == "cpu":
+        from flashhead.ops.scan import prepare
+
+        return prepare.prepare(hidden.float(), coded, index.exact, plan)
+    return _prepare(hidden.float(), coded, index.exact, plan)
+
+
+def _prepare(hidden: Tensor, coded: Tensor, exact: Tensor, plan: CodesPlan) -> CodesQuery:
+    """In eager torch, the specification: hidden `float32[n, d]`, coded `float32[n, D]`."""
+    along, shift = (hidden @ exact.T).unbind(1)
+    n, segments = coded.shape[0], plan.sizes.shape[0]
     owner = plan.segment_of.expand(n, -1)
-    segments = plan.sizes.shape[0]
     peak = coded.new_zeros(n, segments).scatter_reduce_(1, owner, coded.abs(), "amax")
     step = (peak / 127).clamp_min_(1e-30)
     integers = (coded / step.gather(1, owner)).round_()
@@ -118,19 +127,18 @@ def make_query(hidden: Tensor, index: CodesIndex, plan: CodesPlan) -> CodesQuery
     stepped = coded * plan.step_of
     refine_scale = (stepped.abs().amax(1) / 127).clamp_min_(1e-30)
     refined = (stepped / refine_scale[:, None]).round_()
-    spread = (4**REFINE_BITS - 1) / 12 / 4  # variance of a 2-bit field: 1.25 = (16 - 1) / 12
-    refine_rounding = refine_scale.square() * (4 * spread * coded.shape[1] / 12)
+    refine_rounding = refine_scale.square() * (FIELD_VARIANCE * coded.shape[1] / 12)
     return CodesQuery(
         base=integers.to(torch.int8).view(n, -1, GROUP)[:, plan.word_group].contiguous(),
         run_scale=(step[:, plan.run_segment] * plan.run_gain).contiguous(),
         base_offset=(step * sums) @ plan.offset_gain,
         along=along.contiguous(),
         shift=shift.contiguous(),
-        base_variance=torch.stack([energy @ plan.base_share, rounding], 1),
+        base_variance=torch.stack([energy @ plan.shares[0], rounding], 1),
         refine=_by_chunk(refined.to(torch.int8), plan.refine_words),
         refine_scale=refine_scale,
         refine_offset=refine_scale * refined.sum(1) * ((2**REFINE_BITS - 1) / 2),
-        refined_variance=torch.stack([energy @ plan.refined_share, rounding + refine_rounding], 1),
+        refined_variance=torch.stack([energy @ plan.shares[1], rounding + refine_rounding], 1),
     )
 
 

@@ -24,7 +24,9 @@ def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | N
         total += part * query.run_scale[:, run, None].double()
     total -= query.base_offset[:, None].double()
     total *= index.scale.double()
-    total += query.along[:, None].double() * index.direction.double() + query.shift[:, None].double()
+    total += (
+        query.along[:, None].double() * index.direction.double() + query.shift[:, None].double()
+    )
     if bias is not None:
         total += bias.double()
     return total.float()

@@ -15,7 +15,14 @@ from torch import Tensor
 
 
 def select(
-    estimates: Tensor, error: Tensor, scale: Tensor, factors: Tensor, z: float, budget: float, *, impl: str
+    estimates: Tensor,
+    error: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    z: float,
+    budget: float,
+    *,
+    impl: str,
 ) -> tuple[Tensor, float]:
     """Choose rows by the two rules above.
 

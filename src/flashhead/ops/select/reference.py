@@ -21,9 +21,7 @@ def cut_bin(mass: Tensor, loss: Tensor, budget: float) -> int:
     return int((~allowed).sum())
 
 
-def select(
-    estimates: Tensor, variances: Tensor, z: float, budget: float
-) -> tuple[Tensor, float]:
+def select(estimates: Tensor, variances: Tensor, z: float, budget: float) -> tuple[Tensor, float]:
     """Positions to look at more closely (int64[k], ascending) and the upper bound of all others."""
     spread = z * variances.sqrt()
     lower = (estimates - spread).max()
