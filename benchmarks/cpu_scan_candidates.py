@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from flashhead.bench.products import pack_int4, pack_int8
 from flashhead.bench.timing import copy_bytes_per_sec, interleave
 from flashhead.environment import provenance
-from flashhead.index.codes import build_codes
+from flashhead.index.build_codes import build_codes
 from flashhead.ops.scan.api import scan
 from flashhead.ops.scan.query import make_plan, make_query
 from flashhead.options import CodesOptions

@@ -15,7 +15,8 @@ IMPLS = ("reference", "cpu")
 def clustered_head(
     rows: int, d: int, seed: int = 0, states: int = 512
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A head and hidden states with what real ones have: a common row, a steep spectrum, a mean hidden state.
+    """A head and hidden states with what real ones have: a common row, a steep spectrum, a mean
+    hidden state.
 
     Returns:
         weight `bfloat16[rows, d]`, hidden `float32[states, d]`.
@@ -39,9 +40,17 @@ def tiny_model():  # type: ignore[no-untyped-def]
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=515, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=515,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config).eval()
 
 

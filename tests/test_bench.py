@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from flashhead.bench import decode, environment, timing
+from flashhead import environment
+from flashhead.bench import decode, timing
 from flashhead.bench.decode import ConstantHead, bench_decode, format_decode_table
 from flashhead.bench.head import bench_head, format_head_table, verify_head
 from flashhead.bench.products import _check, pack_int4, pack_int8

@@ -311,7 +311,7 @@ def test_index_bytes_formula(rows, dims, bits):
     import torch
 
     from flashhead.cli.index_bytes import codes_bytes
-    from flashhead.index.codes import build_codes
+    from flashhead.index.build_codes import build_codes
     from flashhead.options import CodesOptions
 
     options = CodesOptions(bits=bits)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.clusters import ClustersIndex, build_clusters
+from flashhead.index.build_clusters import build_clusters
+from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.probe.api import candidate_rows, estimates, probe
 from flashhead.options import ClustersOptions
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.codes import CodesIndex, build_codes
+from flashhead.index.build_codes import build_codes
+from flashhead.index.codes import CodesIndex
 from flashhead.nn.search import search_codes
 from flashhead.ops.refine.api import refine
 from flashhead.ops.scan.api import scan
@@ -33,7 +34,9 @@ def estimate(weight, hidden, index):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_error_model_is_calibrated(bits: float, calibrated: bool) -> None:
-    """Catches a wrong share, a missing rounding term or a rotation that is none: sigma must be the real error."""
+    """Catches a wrong share, a missing rounding term or a rotation that is none:
+    sigma must be the real error.
+    """
     weight, hidden = clustered_head(4096, 192, states=4352)
     index = build_codes(weight, CodesOptions(bits=bits), hidden[:4096] if calibrated else None)
     approximate, sigma = estimate(weight, hidden[4096:], index)
@@ -43,7 +46,9 @@ def test_error_model_is_calibrated(bits: float, calibrated: bool) -> None:
 
 
 def test_more_bits_mean_less_error() -> None:
-    """Catches planes that are read in the wrong order: the refinement must take off two thirds of the error."""
+    """Catches planes that are read in the wrong order:
+    the refinement must take off two thirds of the error.
+    """
     weight, hidden = clustered_head(1000, 100)
     index = build_codes(weight, CodesOptions(bits=2.0), hidden)
     plan = make_plan(index)
@@ -63,7 +68,9 @@ def test_more_bits_mean_less_error() -> None:
 
 
 def test_calibration_buys_accuracy() -> None:
-    """Catches a transform that ignores the hidden states: on a steep spectrum it must more than halve the error."""
+    """Catches a transform that ignores the hidden states:
+    on a steep spectrum it must more than halve the error.
+    """
     weight, hidden = clustered_head(4096, 192)
     errors = []
     for states in (hidden[:256], None):
@@ -76,7 +83,9 @@ def test_calibration_buys_accuracy() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([0.25, 1.0, 3.0]), st.integers(0, 5))
 def test_any_shape_round_trips(rows: int, d: int, bits: float, seed: int) -> None:
-    """Catches padding mistakes: any V and d, V not divisible by 16, d = 1; both kernels agree, bounds hold."""
+    """Catches padding mistakes: any V and d, V not divisible by 16, d = 1;
+    both kernels agree, bounds hold.
+    """
     weight, hidden = clustered_head(rows, d, seed)
     index = build_codes(weight, CodesOptions(bits=bits), hidden[:64])
     again = CodesIndex.from_tensors(index.tensors(), index.metadata())
@@ -118,7 +127,9 @@ def test_degenerate_rows(kind: str) -> None:
 
 
 def test_estimates_of_the_rest_spend_at_most_the_budget() -> None:
-    """Catches a selection that drops rows the distribution needs: mean KL stays near the budget or below."""
+    """Catches a selection that drops rows the distribution needs:
+    mean KL stays near the budget or below.
+    """
     weight, hidden = clustered_head(8192, 96)
     index = build_codes(weight, CodesOptions(kl_budget=1e-3), hidden[:256])
     output = search_codes(hidden[256:], weight, None, index, make_plan(index), "cpu")
@@ -129,7 +140,9 @@ def test_estimates_of_the_rest_spend_at_most_the_budget() -> None:
 
 
 def test_certificate_needs_the_whole_bound() -> None:
-    """Catches a bound with half the z: with it, argmax misses must appear that the full z does not have."""
+    """Catches a bound with half the z:
+    with it, argmax misses must appear that the full z does not have.
+    """
     weight, hidden = clustered_head(8192, 96)
     index = build_codes(weight, CodesOptions(bits=0.5, kl_budget=1.0), hidden[:64])
     truth = (hidden.double() @ weight.double().T).argmax(1)
@@ -143,7 +156,9 @@ def test_certificate_needs_the_whole_bound() -> None:
 
 
 def test_bytes_are_counted() -> None:
-    """Catches an estimate in place of a count: every tensor that is read appears with its own size."""
+    """Catches an estimate in place of a count:
+    every tensor that is read appears with its own size.
+    """
     weight, hidden = clustered_head(1000, 64)
     index = build_codes(weight, CodesOptions(), hidden)
     output = search_codes(hidden[:2], weight, None, index, make_plan(index), "cpu")

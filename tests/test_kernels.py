@@ -5,7 +5,7 @@ import torch
 from conftest import clustered_head
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.codes import build_codes
+from flashhead.index.build_codes import build_codes
 from flashhead.ops import simd
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.refine.api import refine

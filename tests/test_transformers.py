@@ -1,4 +1,6 @@
-"""FlashHead inside transformers: every generate mode, attach and detach, load and convert, on a tiny real architecture."""
+"""FlashHead inside transformers:
+every generate mode, attach and detach, load and convert, on a tiny real architecture.
+"""
 
 import json
 import subprocess
@@ -71,7 +73,9 @@ def test_logits_are_complete_and_close(exact) -> None:  # type: ignore[no-untype
 
 
 def test_sampling_follows_the_dense_distribution(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    """Catches estimates that shift the distribution: same seed, same uniform draws, (nearly) the same samples."""
+    """Catches estimates that shift the distribution:
+    same seed, same uniform draws, (nearly) the same samples.
+    """
     settings = {
         "max_new_tokens": 16,
         "do_sample": True,
@@ -121,7 +125,9 @@ def test_non_finite_states_stay_non_finite(exact) -> None:  # type: ignore[no-un
 
 
 def test_attach_and_detach_leave_no_trace(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    """Catches a head that stays, a second attach on top, and weights that came apart from the embedding."""
+    """Catches a head that stays, a second attach on top,
+    and weights that came apart from the embedding.
+    """
     before = tiny_model.get_output_embeddings()
     attachment = attach(tiny_model, "codes", progress=False, calibration_tokens=64)
     head = head_of(tiny_model)
@@ -138,7 +144,7 @@ def test_attach_and_detach_leave_no_trace(tiny_model) -> None:  # type: ignore[n
 def test_changed_weights_are_noticed() -> None:
     """Catches a stale index after training or resizing."""
     linear = nn.Linear(16, 40, bias=False)
-    from flashhead.index.codes import build_codes
+    from flashhead.index.build_codes import build_codes
 
     head = FlashHead(linear, build_codes(linear.weight, flashhead.CodesOptions()))
     with torch.no_grad():
@@ -149,7 +155,7 @@ def test_changed_weights_are_noticed() -> None:
 
 def test_bias_and_untied_heads() -> None:
     """Catches a bias that is dropped by the scan or by the rescoring."""
-    from flashhead.index.codes import build_codes
+    from flashhead.index.build_codes import build_codes
 
     torch.manual_seed(0)
     linear = nn.Linear(32, 300)
@@ -163,7 +169,9 @@ def test_bias_and_untied_heads() -> None:
 
 @pytest.mark.parametrize("head", ["codes", "clusters"])
 def test_convert_and_load(tiny_folder, tmp_path, head: str) -> None:  # type: ignore[no-untyped-def]
-    """Catches a folder that plain transformers cannot read, or an index that is not the one that was saved."""
+    """Catches a folder that plain transformers cannot read,
+    or an index that is not the one that was saved.
+    """
     out = tmp_path / "converted"
     report = convert(tiny_folder, out, head=head, progress=False, calibration_tokens=64)
     assert report["index_bytes"] == (out / INDEX_FILE).stat().st_size
@@ -224,7 +232,7 @@ def test_saved_index_refuses_other_build_options(tiny_folder, tmp_path) -> None:
     out = tmp_path / "converted"
     convert(tiny_folder, out, progress=False, calibration_tokens=64)
     assert head_of(flashhead.load(str(out), progress=False, z=6.0)).index.options.z == 6.0
-    with pytest.raises(FlashHeadError, match="bits=1.0"):
+    with pytest.raises(FlashHeadError, match=r"bits=1\.0"):
         flashhead.load(str(out), progress=False, bits=1.0)
     with pytest.raises(FlashHeadError, match="unknown option 'speed'"):
         flashhead.load(str(out), progress=False, speed=11)
@@ -247,12 +255,20 @@ def test_soft_caps_and_scales_survive(family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
-        "vocab_size": 301, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 301,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+    }
     special = {
-        "gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.1}
-    }  # fmt: skip
+        "gemma2": {"final_logit_softcapping": 0.5},
+        "granite": {"logits_scaling": 8.0},
+        "cohere": {"logit_scale": 0.1},
+    }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **sizes, **special[family])
@@ -273,10 +289,14 @@ def test_soft_caps_and_scales_survive(family: str) -> None:
 
 
 def test_import_needs_torch_only() -> None:
-    """Catches an import of transformers or numba at the top, and a side effect on torch's settings."""
+    """Catches an import of transformers or numba at the top,
+    and a side effect on torch's settings.
+    """
     code = (
-        "import sys, torch; before = (torch.get_num_threads(), torch.is_grad_enabled()); import flashhead;"
-        "bad = {'transformers', 'numba', 'safetensors', 'vllm', 'llvmlite'} & set(sys.modules); assert not bad, bad;"
+        "import sys, torch; before = (torch.get_num_threads(), torch.is_grad_enabled());"
+        "import flashhead;"
+        "bad = {'transformers', 'numba', 'safetensors', 'vllm', 'llvmlite'} & set(sys.modules);"
+        "assert not bad, bad;"
         "assert before == (torch.get_num_threads(), torch.is_grad_enabled())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
 """FlashHead: small language models decode faster without changing what they say.
 
-    model = flashhead.load("HuggingFaceTB/SmolLM2-135M-Instruct")     # an ordinary transformers model
-    handle = flashhead.attach(model); ...; handle.detach()            # or one that is in memory
+    model = flashhead.load("HuggingFaceTB/SmolLM2-135M-Instruct")  # an ordinary transformers model
+    handle = flashhead.attach(model); ...; handle.detach()         # or one that is in memory
 
 Importing this needs torch only and changes nothing.
 """

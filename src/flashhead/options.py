@@ -13,9 +13,11 @@ class CodesOptions:
     """Codes index: what is stored (`bits`, `seed`, calibration) and how a query searches it.
 
     Args:
-        bits: mean bits a dimension that every query scans (survivors read 2 more); None: the cheapest expected.
+        bits: mean bits a dimension that every query scans (survivors read 2 more); None: the
+            cheapest expected.
         z: half-width of the confidence interval, in standard errors of a row's estimate.
-        kl_budget: nats of expected KL(dense||flash) a token may lose to rows left at their estimate.
+        kl_budget: nats of expected KL(dense||flash) a token may lose to rows left at their
+            estimate.
         calibration_tokens: tokens sampled from the model to learn where hidden states vary.
         seed: of the rotations and of the sampled text.
     """

@@ -1,7 +1,7 @@
 """Convert a model: an ordinary Hugging Face folder with an index beside the weights.
 
-The folder is written under a temporary name and renamed, so it exists whole or not at all, also after Ctrl-C. Plain
-transformers loads it as the dense model it was.
+The folder is written under a temporary name and renamed, so it exists whole or not at all, also
+after Ctrl-C. Plain transformers loads it as the dense model it was.
 """
 
 import json
@@ -35,10 +35,12 @@ def convert(
         options: fields of `CodesOptions` or `ClustersOptions`.
 
     Returns:
-        What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes`, `seconds`, `parameters`.
+        What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes`, `seconds`,
+        `parameters`.
 
     Raises:
-        FlashHeadError: `out` exists or its parent does not, too little disk space, or the model does not load.
+        FlashHeadError: `out` exists or its parent does not, too little disk space, or the model
+            does not load.
     """
     from flashhead.integrations.transformers import attach, load_dense, load_tokenizer
     from flashhead.models import resolve

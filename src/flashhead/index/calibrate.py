@@ -1,10 +1,11 @@
 """Where hidden states vary: the statistics an index is shaped by.
 
-A logit error is h.delta_v for the coding error delta_v of row v, so what counts is delta_v in the metric of the hidden
-states, delta' C delta with C = E[h h']. Two facts of real models make this worth knowing: most of ||h||^2 sits in one
-common direction (12-48 % in the models measured here), and the spectrum of what is left is steep. The mean direction
-is therefore stored exactly for every row, and C is taken in its orthogonal complement, shrunk towards a multiple of
-the identity, because a few thousand states of d = 576..3,072 dimensions leave the small eigenvalues uncertain.
+A logit error is h.delta_v for the coding error delta_v of row v, so what counts is delta_v in the
+metric of the hidden states, delta' C delta with C = E[h h']. Two facts of real models make this
+worth knowing: most of ||h||^2 sits in one common direction (12-48 % in the models measured here),
+and the spectrum of what is left is steep. The mean direction is therefore stored exactly for every
+row, and C is taken in its orthogonal complement, shrunk towards a multiple of the identity, because
+a few thousand states of d = 576..3,072 dimensions leave the small eigenvalues uncertain.
 """
 
 import dataclasses
@@ -40,8 +41,8 @@ def hidden_moments(hidden: Tensor | None, weight_mean: Tensor) -> HiddenMoments:
 
     Args:
         hidden: floating `[n, d]`, calibration hidden states, or None.
-        weight_mean: `float64[d]`, mean row of the head; its direction stands in for the mean hidden state if that is
-            unknown or zero.
+        weight_mean: `float64[d]`, mean row of the head; its direction stands in for the mean hidden
+            state if that is unknown or zero.
 
     Raises:
         FlashHeadError: `hidden` has another width, or holds NaN or infinity.
@@ -84,7 +85,9 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _complement(direction: Tensor) -> Tensor:
-    """Orthonormal basis of the complement of a unit vector, by one Householder reflection: float64[d, d-1]."""
+    """Orthonormal basis of the complement of a unit vector, by one Householder reflection:
+    float64[d, d-1].
+    """
     d = direction.shape[0]
     mirror = direction.clone()
     mirror[0] += torch.where(direction[0] >= 0, 1.0, -1.0)

@@ -1,7 +1,8 @@
 """An index on disk: one safetensors file beside the weights, and what describes it for config.json.
 
-The `flashhead` section says which head the index was built from by SHA-256 of its bytes, so that an index never meets
-other weights, and gives the size and SHA-256 of the index file itself, so that a truncated or altered one is refused.
+The `flashhead` section says which head the index was built from by SHA-256 of its bytes, so that an
+index never meets other weights, and gives the size and SHA-256 of the index file itself, so that a
+truncated or altered one is refused.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ def save_index(
     Args:
         index: the index of `weight`.
         weight: floating `[V, d]`.
-        sample: floating `[n, d]`, hidden states kept to measure the crossover with on the user's machine, or None.
+        sample: floating `[n, d]`, hidden states kept to measure the crossover with on the user's
+            machine, or None.
         folder: an existing folder.
 
     Returns:
@@ -71,7 +73,8 @@ def load_index(
         weight: floating `[V, d]`, the head that the index must belong to.
 
     Raises:
-        FlashHeadError: version, kind, shape, checksum or file do not fit; the line says which and what to do.
+        FlashHeadError: version, kind, shape, checksum or file do not fit; the line says which and
+            what to do.
     """
     path = folder / INDEX_FILE
     version = section.get("format_version")
@@ -130,7 +133,9 @@ def _check_file(path: Path, section: dict[str, Any]) -> None:
 
 
 def _check_head(path: Path, section: dict[str, Any], weight: Tensor) -> None:
-    """Compare the head's checksum, in the dtype it was saved in (the user may load it in another)."""
+    """Compare the head's checksum, in the dtype it was saved in
+    (the user may load it in another).
+    """
     dtype = getattr(torch, str(section.get("head_dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise FlashHeadError(

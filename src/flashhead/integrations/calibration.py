@@ -8,7 +8,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 SEQUENCE_TOKENS = 64
-"""Tokens a sequence: the cost is one decoding step a token whatever the batch, so sequences are many and short."""
+"""Tokens a sequence: the cost is one decoding step a token whatever the batch, so sequences are
+many and short."""
 
 
 class _Tick(StoppingCriteria):
@@ -17,7 +18,7 @@ class _Tick(StoppingCriteria):
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
         self.bar.update(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -1,7 +1,7 @@
 """Any causal LM of transformers with a FlashHead: load, attach, detach.
 
-The head is found by role (`get_output_embeddings`), never by a model's name. Soft-capping and scaling of logits happen
-in the model after its head and stay there.
+The head is found by role (`get_output_embeddings`), never by a model's name. Soft-capping and
+scaling of logits happen in the model after its head and stay there.
 """
 
 import dataclasses
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.clusters import ClustersIndex, build_clusters
-from flashhead.index.codes import CodesIndex, build_codes
+from flashhead.index.build_clusters import build_clusters
+from flashhead.index.build_codes import build_codes
+from flashhead.index.clusters import ClustersIndex
+from flashhead.index.codes import CodesIndex
 from flashhead.index.store import INDEX_FILE, load_index
 from flashhead.integrations.calibration import sample_hidden_states
 from flashhead.models import known_names, resolve
@@ -79,7 +81,8 @@ def load(
     """Load a causal LM with a FlashHead as its output embedding.
 
     Args:
-        model: embedded name, hub id, local folder (also one written by `flashhead convert`) or local `.gguf` file.
+        model: embedded name, hub id, local folder (also one written by `flashhead convert`) or
+            local `.gguf` file.
         head: "codes", "clusters" or "dense"; None: the folder's index if it has one, else "codes".
         dtype: of the weights.
         impl: "auto", "cpu" or "reference".
@@ -91,19 +94,21 @@ def load(
         An ordinary transformers model in eval mode; `generate()` works as before.
 
     Raises:
-        FlashHeadError: unknown model, head or option; an index that does not fit; a model without a linear head.
+        FlashHeadError: unknown model, head or option; an index that does not fit; a model without a
+            linear head.
     """
     if head is not None:
         _require_head(head)
     source = resolve(model, progress)
     loaded = load_dense(source, dtype=dtype, trust_remote_code=trust_remote_code)
     section = getattr(loaded.config, "flashhead", None)
-    has_index = isinstance(section, dict) and Path(source).is_dir()
-    if has_index and head in (None, section.get("index")):
+    if not isinstance(section, dict) or not Path(source).is_dir():
+        section = None
+    if section is not None and head in (None, section.get("index")):
         index, sample = load_index(Path(source), section, _linear_head(loaded).weight)
         attach(loaded, index.kind, impl=impl, index=_with_options(index, options), sample=sample)
     else:
-        if has_index and head != "dense":
+        if section is not None and head != "dense":
             _log.warning(
                 "%s holds a %s index; a new %s index is built", source, section.get("index"), head
             )
@@ -232,7 +237,9 @@ def head_of(model: PreTrainedModel) -> FlashHead:
 
 
 def logit_postprocess(config: Any) -> Callable[[Tensor], Tensor]:
-    """What the model does to its head's logits: soft-capping (Gemma 2), scaling (Cohere, Granite); else nothing."""
+    """What the model does to its head's logits: soft-capping (Gemma 2), scaling (Cohere, Granite);
+    else nothing.
+    """
     text = config.get_text_config()
     cap = getattr(text, "final_logit_softcapping", None)
     factor = getattr(text, "logit_scale", None) or 1.0
@@ -268,7 +275,11 @@ def _build(
     hidden: Tensor | None,
     values: dict[str, Any],
 ) -> tuple[CodesIndex | ClustersIndex, Tensor]:
-    options = make_options(CodesOptions if head == "codes" else ClustersOptions, values)
+    options: CodesOptions | ClustersOptions
+    if head == "codes":
+        options = make_options(CodesOptions, values)
+    else:
+        options = make_options(ClustersOptions, values)
     if hidden is None:
         hidden = sample_hidden_states(model, options.calibration_tokens, options.seed, progress)
     weight = linear.weight.detach()
@@ -309,13 +320,21 @@ def _with_options(
     index: CodesIndex | ClustersIndex, values: dict[str, Any]
 ) -> CodesIndex | ClustersIndex:
     saved = dataclasses.asdict(index.options)
-    wanted = make_options(type(index.options), {**saved, **values})
-    for name, value in dataclasses.asdict(wanted).items():
+    if isinstance(index, CodesIndex):
+        codes = make_options(CodesOptions, {**saved, **values})
+        _require_as_built(saved, dataclasses.asdict(codes))
+        return dataclasses.replace(index, options=codes)
+    clusters = make_options(ClustersOptions, {**saved, **values})
+    _require_as_built(saved, dataclasses.asdict(clusters))
+    return dataclasses.replace(index, options=clusters)
+
+
+def _require_as_built(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
         if value != saved[name] and name not in _SEARCH_OPTIONS:
             raise FlashHeadError(
                 f"{name}={value!r}: the saved index has {saved[name]!r}; convert the model again"
             )
-    return dataclasses.replace(index, options=wanted)  # type: ignore[arg-type]
 
 
 def _spread(states: Tensor, rows: int = 64) -> Tensor:
@@ -329,7 +348,9 @@ def _require_head(head: str) -> None:
 
 
 def _is_checkpoint_error(error: Exception) -> bool:
-    """Whether an exception speaks of the checkpoint (missing, damaged, unsupported) and not of a bug."""
+    """Whether an exception speaks of the checkpoint (missing, damaged, unsupported)
+    and not of a bug.
+    """
     from safetensors import SafetensorError
 
     return isinstance(

@@ -1,11 +1,12 @@
 """FlashHead: an output embedding that searches the vocabulary instead of multiplying it.
 
-It is an `nn.Linear` with the same weight (shared with the input embedding where the model ties them), so saving,
-tying and whatever reads `lm_head.weight` work as before; the index rides along outside the state dict. Logits are
-complete and float32: a bf16 head ties its two best tokens at 2-6 % of the positions of the models measured here.
+It is an `nn.Linear` with the same weight (shared with the input embedding where the model ties
+them), so saving, tying and whatever reads `lm_head.weight` work as before; the index rides along
+outside the state dict. Logits are complete and float32: a bf16 head ties its two best tokens at
+2-6 % of the positions of the models measured here.
 
-The dense product serves what a search cannot: rows beyond `crossover_rows` (prefill, large batches), gradients, and
-hidden states that are not finite.
+The dense product serves what a search cannot: rows beyond `crossover_rows` (prefill, large
+batches), gradients, and hidden states that are not finite.
 """
 
 import logging
@@ -34,7 +35,8 @@ class FlashHead(nn.Linear):
         linear: the head to replace; its weight and bias are shared, not copied.
         index: index of that weight, or None for a dense head.
         impl: "auto", "cpu" or "reference".
-        sample: floating `[n, d]`, hidden states to measure the crossover with, or None for random ones.
+        sample: floating `[n, d]`, hidden states to measure the crossover with, or None for random
+            ones.
 
     Raises:
         FlashHeadError: the index is of another shape, or `impl` cannot run here.
@@ -70,7 +72,8 @@ class FlashHead(nn.Linear):
             self.crossover_rows = self._measure_crossover()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states; equals `F.linear(hidden, weight, bias).float()` up to the index's fidelity.
+        """Logits of hidden states;
+        equals `F.linear(hidden, weight, bias).float()` up to the index's fidelity.
 
         Args:
             hidden: floating `[..., d]`.
@@ -99,7 +102,8 @@ class FlashHead(nn.Linear):
             hidden: floating `[n, d]`, finite.
 
         Raises:
-            FlashHeadError: the head is dense, `hidden` has another shape or is not finite, or the weight changed.
+            FlashHeadError: the head is dense, `hidden` has another shape or is not finite, or the
+                weight changed.
         """
         if self.index is None:
             raise FlashHeadError("this head is dense: it has no index to search")
@@ -122,7 +126,8 @@ class FlashHead(nn.Linear):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{super().extra_repr()}, head={self.kind}, impl={self.impl}, crossover_rows={self.crossover_rows}"
+        search = f"head={self.kind}, impl={self.impl}, crossover_rows={self.crossover_rows}"
+        return f"{super().extra_repr()}, {search}"
 
     def _searches(self, hidden: Tensor, rows: int) -> bool:
         if self.index is None or rows == 0 or rows > self.crossover_rows:

@@ -1,1 +1,3 @@
-"""The maths of the heads: one folder an operation, `api` in front, `reference` as the specification."""
+"""The maths of the heads:
+one folder an operation, `api` in front, `reference` as the specification.
+"""

@@ -1,4 +1,7 @@
-"""Which implementation runs. An explicit choice runs or raises; `auto` says in the log what it chose and why."""
+"""Which implementation runs.
+
+An explicit choice runs or raises; `auto` says in the log what it chose and why.
+"""
 
 import functools
 import importlib.util

@@ -1,7 +1,8 @@
 """What Numba lacks: bfloat16 as bits, and the dot-product instruction for packed 2-bit codes.
 
-`vpdpbusd` multiplies 4 unsigned by 4 signed bytes and adds the sum to an int32 lane. Two intrinsics build the inner
-loops of scan and refine around it; they are emitted only where `has_vnni()` says that the processor has AVX-512 VNNI.
+`vpdpbusd` multiplies 4 unsigned by 4 signed bytes and adds the sum to an int32 lane. Two intrinsics
+build the inner loops of scan and refine around it; they are emitted only where `has_vnni()` says
+that the processor has AVX-512 VNNI.
 """
 
 import functools
@@ -65,8 +66,8 @@ def _vpdpbusd(module: Any, lanes: int) -> Any:
 def _emit_dot(builder: Any, codes: Any, query: Any, count: Any, lanes: int, broadcast: bool) -> Any:
     """Loop over `count` vectors of packed words; returns the int32 lanes' sums.
 
-    With `broadcast` each vector holds one word of `lanes` rows and the query's 4 bytes are broadcast; without, it holds
-    `lanes` words of one row and the query has as many.
+    With `broadcast` each vector holds one word of `lanes` rows and the query's 4 bytes are
+    broadcast; without, it holds `lanes` words of one row and the query has as many.
     """
     vector = ir.VectorType(_I32, lanes)
     product = _vpdpbusd(builder.module, lanes)
@@ -102,7 +103,9 @@ def _emit_dot(builder: Any, codes: Any, query: Any, count: Any, lanes: int, broa
 
 @intrinsic
 def dot16_vnni(_context, codes, query, words, factor, out):  # type: ignore[no-untyped-def]
-    """`out[row] += factor * (codes . query)` for the 16 rows of a block; addresses are int64, words >= 1."""
+    """`out[row] += factor * (codes . query)` for the 16 rows of a block;
+    addresses are int64, words >= 1.
+    """
     signature = types.void(types.int64, types.int64, types.int64, types.float32, types.int64)
 
     def emit(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
@@ -122,7 +125,9 @@ def dot16_vnni(_context, codes, query, words, factor, out):  # type: ignore[no-u
 
 @intrinsic
 def dot_row_vnni(_context, codes, query, chunks):  # type: ignore[no-untyped-def]
-    """`codes . query` of one row of `chunks` times 4 words: int32; addresses are int64, chunks >= 1."""
+    """`codes . query` of one row of `chunks` times 4 words: int32;
+    addresses are int64, chunks >= 1.
+    """
     signature = types.int32(types.int64, types.int64, types.int64)
 
     def emit(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]

@@ -9,7 +9,9 @@ from flashhead.ops.scan.query import CodesPlan, CodesQuery
 def scan(
     query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None, *, impl: str
 ) -> Tensor:
-    """Estimate every logit; equals, up to the coding error that the query's variance describes,
+    """Estimate every logit.
+
+    Equals, up to the coding error that the query's variance describes,
 
         hidden.float() @ weight.float().T + bias
 

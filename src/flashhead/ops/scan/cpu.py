@@ -1,8 +1,9 @@
 """Scan on the CPU: 16 rows at a time, packed codes times int8 query, no unpacking to memory.
 
-With AVX-512 VNNI a block of 16 rows is one vector: a word of each row is loaded (64 bytes), and four times shifted,
-masked and multiplied by a broadcast of 4 query bytes in one `vpdpbusd`. 16 codes a row cost about 12 instructions and
-the loop runs at memory speed from one query. Elsewhere LLVM vectorises a plain loop over the same layout.
+With AVX-512 VNNI a block of 16 rows is one vector: a word of each row is loaded (64 bytes), and
+four times shifted, masked and multiplied by a broadcast of 4 query bytes in one `vpdpbusd`. 16
+codes a row cost about 12 instructions and the loop runs at memory speed from one query. Elsewhere
+LLVM vectorises a plain loop over the same layout.
 """
 
 import numba

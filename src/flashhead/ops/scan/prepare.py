@@ -1,6 +1,8 @@
-"""Query preparation on the CPU: the two dozen small operators of `query._prepare` in one compiled pass.
+"""Query preparation on the CPU:
+the two dozen small operators of `query._prepare` in one compiled pass.
 
-Each operator call costs 50-70 us after the body's weights have gone through the caches, together a tenth of the head.
+Each operator call costs 50-70 us after the body's weights have gone through the caches, together a
+tenth of the head.
 """
 
 import numba
@@ -18,7 +20,9 @@ _TINY = 1e-30
 
 @numba.njit(fastmath=simd.FASTMATH, cache=True)
 def _quantize(coded, owner, step_of, step, energy, integers, refined):  # type: ignore[no-untyped-def]
-    """One query: fill step, energy (both float32[segments], zero) and the integers; returns the refine step."""
+    """One query: fill step, energy (both float32[segments], zero) and the integers;
+    returns the refine step.
+    """
     largest = np.float32(0)
     for i in range(coded.shape[0]):
         value, segment = coded[i], owner[i]
@@ -35,11 +39,27 @@ def _quantize(coded, owner, step_of, step, energy, integers, refined):  # type: 
 
 
 @numba.njit(fastmath=simd.FASTMATH, cache=True)
-def _prepare(
-    hidden, coded, exact, owner, step_of, sizes, offset_gain, shares, rounding_gain, word_group, run_segment, run_gain,
-    base, run_scale, refine, numbers,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Fill base, run_scale, refine (zero) and numbers: offset, along, shift, 2 + 2 variances, refine scale, offset."""
+def _prepare(  # type: ignore[no-untyped-def]
+    hidden,
+    coded,
+    exact,
+    owner,
+    step_of,
+    sizes,
+    offset_gain,
+    shares,
+    rounding_gain,
+    word_group,
+    run_segment,
+    run_gain,
+    base,
+    run_scale,
+    refine,
+    numbers,
+):
+    """Fill base, run_scale, refine (zero) and numbers:
+    offset, along, shift, 2 + 2 variances, refine scale, offset.
+    """
     segments, dims = sizes.shape[0], coded.shape[1]
     integers, refined = np.empty(dims, np.int8), np.empty(dims, np.int8)
     for n in range(coded.shape[0]):
@@ -89,8 +109,11 @@ def prepare(hidden: Tensor, coded: Tensor, exact: Tensor, plan: CodesPlan) -> Co
         plan.sizes,
         plan.offset_gain,
         plan.shares,
+        plan.rounding,
+        plan.word_group,
+        plan.run_segment,
+        plan.run_gain,
     )
-    given += (plan.rounding, plan.word_group, plan.run_segment, plan.run_gain)
     _prepare(*(tensor.numpy() for tensor in (*given, base, run_scale, refine, numbers)))
     return CodesQuery(
         base=base,

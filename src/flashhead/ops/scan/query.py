@@ -1,15 +1,15 @@
 """A hidden state in the form the codes are multiplied with: int8 coordinates, one scale a segment.
 
-All implementations multiply the same integers. For segment g of n_g coordinates h_g,
-base code value 4 step_g (k - c_g) with c_g = (2^b_g - 1)/2, and q = round(h_g / s_g), s_g = max|h_g| / 127:
+All implementations multiply the same integers. For segment g of n_g coordinates h_g, base code
+value 4 step_g (k - c_g) with c_g = (2^b_g - 1)/2, and q = round(h_g / s_g), s_g = max|h_g| / 127:
 
     estimate_v = scale_v (sum_g 4 step_g s_g (q.k_g - c_g sum(q))) + direction_v (h.r) + h.m
 
 Its variance has two parts that differ by row only through two stored numbers:
 
     sigma_v^2 = coding error_v^2 + rounding scale_v^2
-    coding    = sum_g share_g ||h_g||^2 / n_g                  (random rotation; share_g: mean error share)
-    rounding  = sum_g n_g variance_g s_g^2 / 12                (uniform rounding of the query)
+    coding    = sum_g share_g ||h_g||^2 / n_g        (random rotation; share_g: mean error share)
+    rounding  = sum_g n_g variance_g s_g^2 / 12      (uniform rounding of the query)
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ class CodesQuery:
         along: `float32[n]`, h.r, multiplies `direction`.
         shift: `float32[n]`, h.m, added to every logit.
         base_variance: `float32[n, 2]`, coding and rounding factors of the base estimate.
-        refine: `int8[n, refine_words / 4, 4, 4, 4]`, coordinates by chunk of 4 words, field, word, byte.
+        refine: `int8[n, refine_words / 4, 4, 4, 4]`, coordinates by chunk of 4 words, field, word,
+            byte.
         refine_scale: `float32[n]`, factor of the integer sum.
         refine_offset: `float32[n]`, to subtract from the scaled sum.
         refined_variance: `float32[n, 2]`, as base_variance after the refinement.
@@ -72,7 +73,11 @@ class CodesPlan:
 
 def make_plan(index: CodesIndex) -> CodesPlan:
     """Lay out the runs of words of an index, in the order `build_codes` wrote them."""
-    runs, run_segment, run_gain, word_group, segment_of = [], [], [], [], []
+    runs: list[tuple[int, int]] = []
+    run_segment: list[int] = []
+    run_gain: list[float] = []
+    word_group: list[int] = []
+    segment_of: list[int] = []
     word = group = 0
     for number, segment in enumerate(index.segments):
         for level in range(segment.base_bits // 2 - 1, -1, -1):
@@ -104,7 +109,9 @@ def make_plan(index: CodesIndex) -> CodesPlan:
 
 
 def make_query(hidden: Tensor, index: CodesIndex, plan: CodesPlan, *, impl: str) -> CodesQuery:
-    """Prepare hidden states `[n, d]` (floating) for an index; impl "cpu" or "reference", the same integers."""
+    """Prepare hidden states `[n, d]` (floating) for an index;
+    impl "cpu" or "reference", the same integers.
+    """
     coded = torch.nn.functional.linear(hidden.to(torch.bfloat16), index.transform).float()
     if impl == "cpu":
         from flashhead.ops.scan import prepare

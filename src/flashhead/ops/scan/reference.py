@@ -1,4 +1,7 @@
-"""Scan in eager torch: the specification. It unpacks the codes, so it is slow and needs V * words * 16 bytes."""
+"""Scan in eager torch: the specification.
+
+It unpacks the codes, so it is slow and needs V * words * 16 bytes.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,9 @@ from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
 def unpack(words: Tensor) -> Tensor:
-    """Packed words `uint8[..., w, 4]` to fields `uint8[..., 16 w]` in the order of the coordinates."""
+    """Packed words `uint8[..., w, 4]` to fields `uint8[..., 16 w]`
+    in the order of the coordinates.
+    """
     fields = torch.stack([words >> shift & 3 for shift in (0, 2, 4, 6)], -2)
     return fields.flatten(-3)
 

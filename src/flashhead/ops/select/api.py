@@ -3,12 +3,14 @@
 A row is chosen for one of two reasons:
 
 - it can win: s_v + z sigma_v >= max_u (s_u - z sigma_u);
-- the distribution would notice its error. Leaving row v at an estimate with variance sigma_v^2 costs about
-  p_v sigma_v^2 / 2 nats of KL(dense||ours) (second order in the error, errors independent of each other). Rows are left
-  in ascending order of s_v as long as their summed cost stays within `budget`.
+- the distribution would notice its error. Leaving row v at an estimate with variance sigma_v^2
+  costs about p_v sigma_v^2 / 2 nats of KL(dense||ours) (second order in the error, errors
+  independent of each other). Rows are left in ascending order of s_v as long as their summed cost
+  stays within `budget`.
 
-The second rule needs neither a sort nor an exponential a row: rows fall into bins of 1/16 nat below the maximum, and
-the bins' counts and summed variances give both the normaliser and the cost. Everything beyond 64 nats is one bin.
+The second rule needs neither a sort nor an exponential a row: rows fall into bins of 1/16 nat below
+the maximum, and the bins' counts and summed variances give both the normaliser and the cost.
+Everything beyond 64 nats is one bin.
 """
 
 from torch import Tensor

@@ -16,7 +16,8 @@ _BINS, _BINS_A_NAT = int(BINS), int(BINS_A_NAT)
 
 
 _FINITE = simd.FASTMATH | {"nnan"}
-"""Estimates are finite (the caller checks the hidden state), which lets LLVM vectorise the maxima."""
+"""Estimates are finite (the caller checks the hidden state), which lets LLVM vectorise the
+maxima."""
 
 
 @numba.njit(inline="always")
