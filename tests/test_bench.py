@@ -203,7 +203,7 @@ def test_git_sha_is_of_flashheads_own_checkout(monkeypatch, tmp_path):
     """Catches the commit of whatever repository a virtual environment happens to lie in."""
     package = tmp_path / "src" / "flashhead"
     answers = {"rev-parse --show-toplevel": str(tmp_path), "rev-parse HEAD": "abc"}
-    monkeypatch.setattr(environment, "__file__", str(package / "bench" / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
     monkeypatch.setattr(environment, "_git", lambda _folder, *args: answers.get(" ".join(args)))
     assert environment.git_sha() == "abc"
     answers["status --porcelain --untracked-files=no"] = " M file"

@@ -165,6 +165,7 @@ def test_bias_and_untied_heads() -> None:
     head = FlashHead(linear, build_codes(linear.weight, flashhead.CodesOptions(), hidden))
     output = head.search(hidden)
     assert torch.equal(output.logits.argmax(1), linear(hidden).argmax(1))
+    assert head.search(hidden[:0]).logits.shape == (0, 300)
 
 
 @pytest.mark.parametrize("head", ["codes", "clusters"])

@@ -73,7 +73,7 @@ def versions() -> dict[str, str | None]:
 
 def git_sha() -> str | None:
     """Commit of the checkout that flashhead runs from, `-dirty` if files differ; None elsewhere."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
     top = _git(package, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() / "src" / "flashhead" != package:
         return None

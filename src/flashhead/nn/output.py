@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 
@@ -41,11 +40,9 @@ class HeadStatistics:
     def add(self, output: HeadOutput) -> None:
         """Count a search."""
         self.rows += output.logits.shape[0]
-        totals = torch.stack([output.candidates, output.certified.long(), output.bytes_read]).sum(1)
-        candidates, certified, bytes_read = totals.tolist()
-        self.candidates += candidates
-        self.certified += certified
-        self.bytes_read += bytes_read
+        self.candidates += sum(output.candidates.tolist())
+        self.certified += sum(output.certified.tolist())
+        self.bytes_read += sum(output.bytes_read.tolist())
 
     def add_dense(self, rows: int, row_bytes: int) -> None:
         """Count rows that took the dense product, which reads the whole head for each alone."""

@@ -39,7 +39,7 @@ def search_codes(
     logits = scan(query, index, plan, bias, impl=impl)
     row_bytes = weight.shape[1] * weight.element_size()
     fixed_bytes = index.scan_bytes + (0 if bias is None else 4 * index.vocab_size)
-    counts = torch.zeros(3, hidden.shape[0], dtype=torch.int64)
+    counts: list[tuple[int, bool, int]] = []
     for n in range(hidden.shape[0]):
         approximate = logits[n]
         survivors, upper = select(
@@ -65,8 +65,14 @@ def search_codes(
             + survivors.numel() * index.refine_row_bytes
             + candidates.numel() * row_bytes
         )
-        counts[:, n] = torch.tensor([candidates.numel(), certified, read])
-    return HeadOutput(logits, counts[0], counts[1].bool(), counts[2])
+        counts.append((candidates.numel(), certified, read))
+    candidates_of, certified_of, bytes_of = ([entry[i] for entry in counts] for i in range(3))
+    return HeadOutput(
+        logits,
+        torch.tensor(candidates_of, dtype=torch.int64),
+        torch.tensor(certified_of, dtype=torch.bool),
+        torch.tensor(bytes_of, dtype=torch.int64),
+    )
 
 
 def search_clusters(
