@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from flashhead.integrations.transformers import Attachment
 
@@ -31,12 +32,29 @@ class Difference:
 
     @property
     def rounded_away(self) -> bool:
-        """Whether the dense bf16 head itself lost the winner by rounding, and FlashHead found it."""
+        """Whether the dense bf16 head lost the winner by rounding and FlashHead found it."""
         return self.flash == self.exact and self.dense != self.exact
 
 
-def greedy(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Greedy continuation of `int64[1, n]` and the hidden states that chose it: `int64[t]`, `[t, d]`."""
+class Follow(LogitsProcessor):
+    """Notes the token that the logits choose, then makes `generate` take the given one instead."""
+
+    def __init__(self, text: Tensor) -> None:
+        self.text = text
+        self.chosen: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Force the next token of the text: `int64[1, n]`, `float32[1, V]`."""
+        self.chosen.append(int(scores[0].argmax()))
+        forced = torch.full_like(scores, float("-inf"))
+        forced[0, self.text[len(self.chosen) - 1]] = 0.0
+        return forced
+
+
+def greedy(
+    model: Any, ids: Tensor, tokens: int, follow: Follow | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy continuation of `int64[1, n]`, `int64[t]`, and the states that chose it, `[t, d]`."""
     states: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, arguments: states.append(arguments[0].reshape(-1, arguments[0].shape[-1])[-1])
@@ -45,11 +63,8 @@ def greedy(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            repetition_penalty=1.0,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            pad_token_id=0,
+            generation_config=GenerationConfig(max_new_tokens=tokens, pad_token_id=0),  # no stop
+            logits_processor=LogitsProcessorList([] if follow is None else [follow]),
         )
     finally:
         hook.remove()
@@ -59,9 +74,11 @@ def greedy(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 def differences(
     model: Any, attachment: Attachment, prompts: list[Tensor], tokens: int
 ) -> list[Difference]:
-    """Every place where `generate` with FlashHead leaves the dense head's text.
+    """Every token at which `generate` with FlashHead would leave the dense head's text.
 
-    After a difference the comparison goes on from the dense text, so that one rounding does not hide what follows.
+    Both decode the same text: FlashHead's choice is noted at every step, then the dense head's
+    token is taken, so one rounding does not hide what follows. The hidden states must be equal to
+    the bit.
 
     Args:
         model: with the attached FlashHead.
@@ -76,19 +93,15 @@ def differences(
     model.set_output_embeddings(head)
     found = []
     for number, (prompt, (dense, states)) in enumerate(zip(prompts, wanted, strict=True)):
-        start = 0
-        while start < tokens:
-            text = torch.cat([prompt[0], dense[:start]])[None]
-            flash, _ = greedy(model, text, tokens - start)
-            unequal = (flash != dense[start:]).nonzero()
-            if not len(unequal):
-                break
-            step = start + int(unequal[0])
+        follow = Follow(dense)
+        text, same_states = greedy(model, prompt, tokens, follow)
+        assert torch.equal(text, dense)
+        assert torch.equal(states, same_states), "the body is not deterministic"
+        for step, flash in enumerate(follow.chosen):
+            if flash == dense[step]:
+                continue
             logits = weight @ states[step].float()
             exact = int(logits.argmax())
             gap = float(logits[exact] - logits[dense[step]])
-            found.append(
-                Difference(number, step, int(dense[step]), int(flash[step - start]), exact, gap)
-            )
-            start = step + 1
+            found.append(Difference(number, step, int(dense[step]), flash, exact, gap))
     return found

@@ -91,9 +91,13 @@ def test_select_meets_the_budget_by_brute_force() -> None:
     assert upper >= float(estimates[left].max())
 
 
-def test_an_explicit_choice_never_falls_back() -> None:
-    """Catches a silent fallback."""
-    with pytest.raises(FlashHeadError, match="impl='cpu' cannot run"):
-        resolve_impl("cpu", torch.device("meta"))
+def test_an_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a silent fallback, and a search of CPU tensors for a head elsewhere."""
+    for impl in ("auto", "cpu", "reference"):
+        with pytest.raises(FlashHeadError, match="'meta'"):
+            resolve_impl(impl, torch.device("meta"))
     with pytest.raises(FlashHeadError, match="wanted one of"):
         resolve_impl("fast", torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(FlashHeadError, match="pip install"):
+        resolve_impl("cpu", torch.device("cpu"))

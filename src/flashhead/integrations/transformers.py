@@ -348,14 +348,12 @@ def _require_head(head: str) -> None:
 
 
 def _is_checkpoint_error(error: Exception) -> bool:
-    """Whether an exception speaks of the checkpoint (missing, damaged, unsupported)
-    and not of a bug.
-    """
+    """Whether an exception speaks of the checkpoint (missing, damaged) and not of a bug."""
     from safetensors import SafetensorError
 
-    return isinstance(
-        error, (OSError, ValueError, KeyError, SafetensorError, RuntimeError, TypeError)
-    )
+    if isinstance(error, RuntimeError):
+        return "mismatch" in str(error)  # a tensor of another size than the config says
+    return isinstance(error, (OSError, ValueError, KeyError, SafetensorError))
 
 
 def _first_line(error: BaseException) -> str:

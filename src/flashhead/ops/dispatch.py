@@ -23,29 +23,23 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     """
     if impl not in IMPLEMENTATIONS:
         raise FlashHeadError(f"impl={impl!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "reference":
-        return impl
-    reason = _why_not_cpu(device.type)
-    if impl == "cpu":
-        if reason:
-            raise FlashHeadError(f"impl='cpu' cannot run: {reason}")
-        return impl
-    return _auto(device.type, reason)
+    if device.type != "cpu":
+        raise FlashHeadError(
+            f"the head is on {device.type!r}: this version searches on the CPU only"
+        )
+    has_numba = importlib.util.find_spec("numba") is not None
+    if impl == "cpu" and not has_numba:
+        raise FlashHeadError("impl='cpu' needs numba: pip install 'flashhead[cpu]'")
+    return _auto(has_numba) if impl == "auto" else impl
 
 
 @functools.cache
-def _auto(device_type: str, reason: str) -> str:
-    """Say the choice once for each device type, not for every layer."""
-    if reason:
-        _log.warning("impl='auto' chose 'reference' (slow): %s", reason)
-        return "reference"
-    _log.info("impl='auto' chose 'cpu' for device type %s", device_type)
-    return "cpu"
-
-
-def _why_not_cpu(device_type: str) -> str:
-    if device_type != "cpu":
-        return f"the head is on {device_type!r} and the compiled kernels run on the CPU"
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install 'flashhead[cpu]'"
-    return ""
+def _auto(has_numba: bool) -> str:
+    """Choose, and say it once a process, not once a model."""
+    if has_numba:
+        _log.info("impl='auto' chose 'cpu': numba is installed")
+        return "cpu"
+    _log.warning(
+        "impl='auto' chose 'reference' (slow): pip install 'flashhead[cpu]' for the kernels"
+    )
+    return "reference"
