@@ -338,8 +338,9 @@ def _require_as_built(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _spread(states: Tensor, rows: int = 64) -> Tensor:
-    """A few hidden states from all over a sequence of them."""
-    return states[:: max(1, len(states) // rows)][:rows].clone()
+    """A few hidden states from all over a sample."""
+    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))
+    return states[order[:rows]].clone()
 
 
 def _require_head(head: str) -> None:
