@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(),
         "git_sha": git_sha(),
-        "argv": list(sys.argv),
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
@@ -42,7 +42,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
