@@ -1,5 +1,6 @@
 """The command line as a user meets it: fresh processes, exit codes, one line for a mistake."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -382,7 +383,14 @@ def test_generate_interrupted(converted):
     """A traceback, or a run that goes on, after Ctrl-C in the middle of a text."""
     command = [sys.executable, "-m", "flashhead.cli", "generate", "--model", str(converted)]
     command += ["--prompt", "Tell a long story.", "--max-new-tokens", "2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job, as CI may be, hands down an ignored SIGINT
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
