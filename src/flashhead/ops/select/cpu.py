@@ -27,7 +27,7 @@ def _sigma2(error, scale, coding, rounding):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=_FINITE, cache=True)
-def _select(estimates, error, scale, coding, rounding, z, budget, buffer):  # type: ignore[no-untyped-def]
+def _select(estimates, error, scale, coding, rounding, z, budget, buffer, threads):  # type: ignore[no-untyped-def]
     count = estimates.shape[0]
     chunks = (count + _CHUNK - 1) // _CHUNK
     spreads = np.empty(count, np.float32)
@@ -42,7 +42,7 @@ def _select(estimates, error, scale, coding, rounding, z, budget, buffer):  # ty
             lower = max(lower, estimates[i] - spread)
         peaks[c], lowers[c] = peak, lower
     peak, lower = peaks.max(), lowers.max()
-    tasks = min(chunks, numba.get_num_threads())
+    tasks = min(chunks, threads)
     histogram = np.zeros((tasks, _BINS, 2), np.float64)
     half = np.float32(0.5) / (z * z)
     for t in numba.prange(tasks):
@@ -115,5 +115,6 @@ def select(
         np.float32(z),
         float(budget),
         buffer.numpy(),
+        numba.get_num_threads(),
     )
     return buffer[:total], float(upper)
