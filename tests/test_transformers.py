@@ -237,6 +237,8 @@ def test_saved_index_refuses_other_build_options(tiny_folder, tmp_path) -> None:
         flashhead.load(str(out), progress=False, bits=1.0)
     with pytest.raises(FlashHeadError, match="unknown option 'speed'"):
         flashhead.load(str(out), progress=False, speed=11)
+    with pytest.raises(FlashHeadError, match="takes no options"):
+        flashhead.load(str(out), "dense", progress=False, z=6.0)
 
 
 def test_logits_are_capped_and_scaled_after_the_head() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.store import INDEX_FILE, save_index
+from flashhead.index.store import save_index
 
 
 def convert(
@@ -87,7 +87,6 @@ def convert(
         "crossover_rows": attachment.head.crossover_rows,
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": section["parameters"],
-        "index_file": INDEX_FILE,
     }
 
 

@@ -19,14 +19,14 @@ from flashhead.index.build_clusters import build_clusters
 from flashhead.index.build_codes import build_codes
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
-from flashhead.index.store import INDEX_FILE, load_index
+from flashhead.index.store import load_index
 from flashhead.integrations.calibration import sample_hidden_states
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
 from flashhead.options import ClustersOptions, CodesOptions, make_options
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.utils.quantization_config import GgufConfig
 except ImportError as error:
     raise ImportError(
@@ -211,7 +211,8 @@ def attach(
     _require_head(head)
     linear = _linear_head(model)
     if head == "dense":
-        make_options(CodesOptions, options)
+        if options:
+            raise FlashHeadError(f"head='dense' takes no options, got {next(iter(options))!r}")
         replaced = FlashHead(linear, None)
     else:
         if index is None:
@@ -250,21 +251,6 @@ def logit_postprocess(config: Any) -> Callable[[Tensor], Tensor]:
         return torch.tanh(logits / cap) * cap if cap else logits
 
     return process
-
-
-def read_config(model: str, *, trust_remote_code: bool = False) -> Any:
-    """Configuration of a model without its weights, by the same names as `load`.
-
-    Raises:
-        FlashHeadError: there is none.
-    """
-    source = resolve(model)
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise FlashHeadError(
-            f"model {model!r} has no readable config: {_first_line(error)}"
-        ) from error
 
 
 def _build(
@@ -360,6 +346,3 @@ def _is_checkpoint_error(error: Exception) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-__all__ = ["INDEX_FILE", "Attachment", "attach", "head_of", "load", "load_dense", "load_tokenizer"]
