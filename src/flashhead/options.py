@@ -10,30 +10,33 @@ T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
 @dataclasses.dataclass(frozen=True)
 class CodesOptions:
-    """Codes index: what is stored (`bits`, `seed`, calibration) and how a query searches it.
+    """Codes index: what is stored (`bits`, `planes`, calibration, `seed`) and how a query searches it.
 
     Args:
-        bits: mean bits a dimension that every query scans (survivors read 2 more); None: the
-            cheapest expected.
-        z: half-width of the confidence interval, in standard errors of a row's estimate.
+        bits: mean bits a dimension that every query scans, 1 to 4; None: the cheapest expected.
+        planes: planes of 2 more bits for the rows that survive, 1 or 2; None: the cheaper expected.
+        failure_probability: that a token called certain is not the winner, at most; 0: a
+            deterministic bound, which reads nearly everything.
         kl_budget: nats of expected KL(dense||flash) a token may lose to rows left at their
-            estimate.
+            estimate; None: 0.6 times what an int8 head is expected to lose.
         calibration_tokens: tokens sampled from the model to learn where hidden states vary.
         seed: of the rotations and of the sampled text.
     """
 
     bits: float | None = None
-    z: float = 4.0
-    kl_budget: float = 7e-4
+    planes: int | None = None
+    failure_probability: float = 1e-6
+    kl_budget: float | None = None
     calibration_tokens: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(
-            "bits", self.bits, self.bits is None or 0.25 <= self.bits <= 6, "0.25 to 6, or None"
-        )
-        _require("z", self.z, 0 < self.z <= 40, "above 0 and at most 40")
-        _require("kl_budget", self.kl_budget, 0 < self.kl_budget <= 1, "above 0 and at most 1")
+        bits, budget = self.bits, self.kl_budget
+        _require("bits", bits, bits is None or 1 <= bits <= 4, "1 to 4, or None")
+        _require("planes", self.planes, self.planes in (1, 2, None), "1, 2 or None")
+        require_failure_probability(self.failure_probability)
+        in_range = budget is None or 0 < budget <= 1
+        _require("kl_budget", budget, in_range, "above 0 and at most 1, or None")
         _require_calibration(self.calibration_tokens)
 
 
@@ -78,6 +81,11 @@ class ClustersOptions:
 def _require(name: str, value: object, holds: bool, wanted: str) -> None:
     if not holds:
         raise FlashHeadError(f"{name}={value!r}: wanted {wanted}")
+
+
+def require_failure_probability(value: float) -> None:
+    """Raise FlashHeadError unless it is a probability below one half."""
+    _require("failure_probability", value, 0 <= value < 0.5, "0 or above, below 0.5")
 
 
 def _require_calibration(tokens: int) -> None:

@@ -1,6 +1,6 @@
 """Building a codes index: moments, transform, bit allocation, then the rows a chunk at a time.
 
-The idea, the formula and the layout are in `codes`.
+The idea, the formula and the layout are in `codes`, the choice of bits in `choose`.
 """
 
 import dataclasses
@@ -11,34 +11,19 @@ from tqdm import tqdm
 
 from flashhead.errors import FlashHeadError
 from flashhead.index.calibrate import HiddenMoments, hidden_moments
+from flashhead.index.choose import Expectation, allocate, choose
 from flashhead.index.codes import (
+    BASE_BITS,
     BLOCK_ROWS,
-    GROUP,
-    REFINE_BITS,
+    UNIT,
     CodesIndex,
     Segment,
     padded_dims,
-    refine_words,
 )
+from flashhead.index.quantize import Quantizer, fit_quantizer, quantize
 from flashhead.options import CodesOptions
 
-SEGMENT_DIMS = 128
-"""Most dimensions that one rotation mixes."""
 _CHUNK_ROWS = 16384
-_STEP = {0: 0.9957, 2: 0.2875, 4: 0.09, 6: 0.025}
-"""Fine step, in standard deviations, by base bits. With 0 it is the optimal 2-bit step; else the
-optimal 4-, 6-, 8-bit step cut back (4-bit: 0.335) so that the base prefix alone stays within 6 % of
-the optimum of its own width."""
-_DISTORTION = {0: 1.0, 2: 0.125, 4: 0.0125, 6: 0.0011}
-"""Mean squared error of the base code of a unit Gaussian, by base bits."""
-_REFINED_DISTORTION = {0: 0.119, 2: 0.0125, 4: 0.0011, 6: 0.0001}
-"""The same with the refinement."""
-BITS = (1.0, 1.5, 2.0, 2.5)
-"""What `bits=None` chooses from."""
-CHOICE_STATES = 128
-GATHER_COST = 3
-"""What a gathered byte counts against a scanned one. Measured time: 1.6 (docs/log.md); the rest is
-for text that is harder than what the model samples itself."""
 
 
 def build_codes(
@@ -48,7 +33,7 @@ def build_codes(
 
     Args:
         weight: floating `[V, d]`, the rows of the head.
-        options: `bits`, `seed` are used here, the rest by the search.
+        options: `bits`, `planes`, `kl_budget` (each may be left to `choose`) and `seed`.
         hidden: floating `[n, d]`, calibration hidden states of the model (a few thousand), or None:
             every direction counts alike then, and the index needs more bytes for the same fidelity.
         progress: show a progress bar on stderr.
@@ -56,6 +41,13 @@ def build_codes(
     Raises:
         FlashHeadError: `weight` is no finite matrix, or `hidden` does not fit it.
     """
+    return build_codes_expecting(weight, options, hidden, progress)[0]
+
+
+def build_codes_expecting(
+    weight: Tensor, options: CodesOptions, hidden: Tensor | None = None, progress: bool = False
+) -> tuple[CodesIndex, Expectation]:
+    """`build_codes`, and what the choice of bits and planes is expected to cost."""
     if weight.dim() != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
         raise FlashHeadError(
             f"head weight is {weight.dtype}{list(weight.shape)}, wanted floating [V, d]"
@@ -63,49 +55,53 @@ def build_codes(
     weight = weight.detach()
     mean, covariance = _row_moments(weight)
     moments = hidden_moments(hidden, mean)
-    spectrum = _spectrum(moments, covariance)
-    if options.bits is None:
-        expected = expected_costs(spectrum[0], weight, options, hidden)
-        options = dataclasses.replace(options, bits=min(expected, key=expected.__getitem__))
-    transform, exact, segments = _design(moments, mean, spectrum, options)
+    variances, functionals = _spectrum(moments, covariance)
+    expected = choose(variances, weight, options, hidden)
+    options = expected.options
+    assert options.bits is not None
+    assert options.planes is not None
+    order, widths = _ordered(allocate(variances, options.bits), variances)
+    transform = _rotated(functionals[order], widths, options.seed).bfloat16()
+    exact = torch.stack([moments.direction, mean]).float()
     inverse = _row_transform(transform, exact)
-    rows = weight.shape[0]
+    rows, quantizers = weight.shape[0], None
     parts: list[_Coded] = []
     starts = range(0, rows, _CHUNK_ROWS)
     for start in tqdm(starts, desc="codes", unit="chunk", disable=not progress, leave=False):
         centred = weight[start : start + _CHUNK_ROWS].double().sub_(mean).float()
-        parts.append(_encode(centred @ inverse, segments))
-    coded = _Coded(*(torch.cat(columns) for columns in zip(*map(_fields, parts), strict=True)))
-    return CodesIndex(
-        base=_blocked(coded.base),
-        refine=coded.refine,
-        scale=coded.scale,
-        error=torch.stack(
-            [coded.base_error.sum(1).sqrt(), coded.refined_error.sum(1).sqrt()]
-        ).bfloat16(),
-        direction=coded.direction,
+        coordinates = centred @ inverse
+        values = coordinates[:, :-1].split([dims for dims, _ in widths], 1)
+        if quantizers is None:
+            quantizers = [
+                fit_quantizer(part, bits, options.planes)
+                for part, (_, bits) in zip(values, widths, strict=True)
+            ]
+        parts.append(_encode(coordinates[:, -1], values, quantizers))
+    assert quantizers is not None
+    index = CodesIndex(
+        base=_blocked(torch.cat([part.base for part in parts])),
+        refine=torch.cat([part.refine for part in parts], 1),
+        scale=torch.cat([part.scale for part in parts], 1),
+        direction=torch.cat([part.direction for part in parts]),
         exact=exact,
         transform=transform,
-        segments=_with_shares(segments, coded),
+        segments=_segments(widths, quantizers, parts),
         options=options,
         calibration_tokens=moments.tokens,
     )
+    return index, expected
 
 
 @dataclasses.dataclass(frozen=True)
 class _Coded:
-    """A chunk of n rows: codes as bytes, squared errors by segment."""
+    """A chunk of n rows: codes as bytes; errors and energies at scale 1, NaN for zero segments."""
 
     base: Tensor  # uint8[n, words, 4]
-    refine: Tensor  # uint8[n, refine_words, 4]
-    scale: Tensor  # bfloat16[n]
+    refine: Tensor  # uint8[planes, n, refine_words, 4]
+    scale: Tensor  # bfloat16[segments, n]
     direction: Tensor  # float32[n]
-    base_error: Tensor  # float32[n, segments]
-    refined_error: Tensor  # float32[n, segments]
-
-
-def _fields(coded: _Coded) -> tuple[Tensor, ...]:
-    return tuple(getattr(coded, field.name) for field in dataclasses.fields(coded))
+    errors: Tensor  # float32[segments, planes + 1, n]
+    energy: Tensor  # float32[segments, n]
 
 
 def _row_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,94 +138,22 @@ def _spectrum(moments: HiddenMoments, covariance: Tensor) -> tuple[Tensor, Tenso
     return variances, functionals
 
 
-def expected_costs(
-    variances: Tensor, weight: Tensor, options: CodesOptions, hidden: Tensor | None
-) -> dict[float, float]:
-    """Cost a token, in scanned bytes, that each of BITS is expected to have, from the dense logits
-    of a few calibration states.
-
-    Gathered bytes count GATHER_COST times.
-
-    Args:
-        variances: `float64[D]`, of the whitened coordinates.
-        weight: floating `[V, d]`.
-        options: `z` and `kl_budget` are used.
-        hidden: floating `[n, d]`, or None: 2 bits then.
-    """
-    rows, d = weight.shape
-    if hidden is None or hidden.shape[0] == 0:
-        return {2.0: 0.0}
-    some = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(options.seed))
-    states = hidden[some[:CHOICE_STATES]].to(weight.dtype)
-    logits = torch.nn.functional.linear(states, weight).float().sort(1, descending=True).values
-    mass = torch.softmax(logits, 1)
-    left = mass.flip(1).cumsum(1).flip(1)  # probability of this row and all below
-    expected = {}
-    for bits in BITS:
-        segments = _allocate(variances, bits, d)
-        base, refined = (
-            sum(s.groups * GROUP * s.variance * table[s.base_bits] for s in segments)
-            for table in (_DISTORTION, _REFINED_DISTORTION)
-        )
-        gathered = 0.0
-        for variance, size in (
-            (base, refine_words(d) * 4 + 2),
-            (refined, d * weight.element_size()),
-        ):
-            by_mass = left * variance / 2 > options.kl_budget / 2
-            by_rank = logits >= logits[:, :1] - 2 * options.z * variance**0.5
-            gathered += float((by_mass | by_rank).sum(1).double().mean()) * size
-        words = sum(s.groups * s.base_bits // 2 for s in segments)
-        expected[bits] = rows * (4 * words + 8) + GATHER_COST * gathered
-    return expected
+def _ordered(bits: list[int], variances: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Coordinates by falling bit width, `int64[D]`, and (dims, bits) of each segment."""
+    units = torch.arange(len(variances)).view(-1, UNIT)
+    wide = [b for b in sorted(BASE_BITS, reverse=True) if b in bits]
+    picked = [units[torch.tensor([own == b for own in bits])].flatten() for b in wide]
+    return torch.cat(picked), [(len(part), b) for part, b in zip(picked, wide, strict=True)]
 
 
-def _design(
-    moments: HiddenMoments, mean: Tensor, spectrum: tuple[Tensor, Tensor], options: CodesOptions
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """Choose transform (bfloat16[D, d]), exact functionals (float32[2, d]) and bit allocation."""
-    variances, padded = spectrum
-    assert options.bits is not None
-    exact = torch.stack([moments.direction, mean]).float()
-    segments = _allocate(variances, options.bits, mean.shape[0])
-    generator = torch.Generator().manual_seed(options.seed)
-    start = 0
-    for segment in segments:
-        stop = start + segment.groups * GROUP
-        gauss = torch.randn(stop - start, stop - start, generator=generator, dtype=torch.float64)
-        padded[start:stop] = torch.linalg.qr(gauss)[0] @ padded[start:stop]
-        start = stop
-    return padded.bfloat16(), exact, segments
-
-
-def _allocate(variances: Tensor, bits: float, d: int) -> list[Segment]:
-    """Reverse water-filling in steps of 2 bits for 16 dimensions, then segments of equal width."""
-    groups = variances.view(-1, GROUP).sum(1).tolist()
-    base_bits = [0] * len(groups)
-    for _ in range(max(1, round(bits * d / 2 / GROUP))):
-        gains = [
-            group * (_DISTORTION[b] - _DISTORTION[b + 2]) if b < 6 else -1.0
-            for group, b in zip(groups, base_bits, strict=True)
-        ]
-        best = max(range(len(gains)), key=gains.__getitem__)
-        if gains[best] < 0:
-            break
-        base_bits[best] += 2
-    segments = []
-    start = 0
-    while start < len(groups):
-        stop = start + 1
-        while stop < len(groups) and base_bits[stop] == base_bits[start]:
-            stop += 1
-        pieces = -(-(stop - start) * GROUP // SEGMENT_DIMS)
-        for piece in range(pieces):
-            first = start + (stop - start) * piece // pieces
-            last = start + (stop - start) * (piece + 1) // pieces
-            variance = float(variances[first * GROUP : last * GROUP].mean())
-            step = _STEP[base_bits[start]] * variance**0.5
-            segments.append(Segment(last - first, base_bits[start], step, variance, 0.0, 0.0))
-        start = stop
-    return segments
+def _rotated(functionals: Tensor, widths: list[tuple[int, int]], seed: int) -> Tensor:
+    """A random rotation inside each segment: float64[D, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for part in functionals.split([dims for dims, _ in widths]):
+        gauss = torch.randn(len(part), len(part), generator=generator, dtype=torch.float64)
+        parts.append(torch.linalg.qr(gauss)[0] @ part)
+    return torch.cat(parts)
 
 
 def _row_transform(transform: Tensor, exact: Tensor) -> Tensor:
@@ -242,54 +166,16 @@ def _row_transform(transform: Tensor, exact: Tensor) -> Tensor:
     return torch.linalg.lstsq(functionals.T @ functionals, functionals.T).solution.float()
 
 
-def _encode(coordinates: Tensor, segments: list[Segment]) -> _Coded:
-    """Quantise rows given by their coordinates, float32[n, D + 1].
-
-    A row's scale is its norm over that of a mean row. The likeliest scale for the segments'
-    variances (every coordinate in units of its segment) measured worse: large coordinates overload.
-    """
-    direction, values = coordinates[:, -1].contiguous(), coordinates[:, :-1]
-    energy = sum(segment.variance * segment.groups * GROUP for segment in segments)
-    scale = (values.square().sum(1).sqrt() / max(energy, 1e-30) ** 0.5).bfloat16()
-    unit = torch.where(scale > 0, scale, torch.ones_like(scale)).float()[:, None]
-    base: list[Tensor] = []
-    refine: list[Tensor] = []
-    base_errors: list[Tensor] = []
-    refined_errors: list[Tensor] = []
-    start = 0
-    for segment in segments:
-        stop = start + segment.groups * GROUP
-        part, step = values[:, start:stop], max(segment.step, 1e-30)
-        top = 2 ** (segment.base_bits + REFINE_BITS) - 1
-        code = (part / (step * unit) + (top + 1) / 2).floor_().clamp_(0, top)
-        value = (code - top / 2) * step * scale.float()[:, None]
-        refined_errors.append((part - value).square().sum(1))
-        code = code.to(torch.uint8)
-        prefix = code >> REFINE_BITS
-        value = (
-            (prefix.float() - (2**segment.base_bits - 1) / 2) * (4 * step) * scale.float()[:, None]
-        )
-        base_errors.append((part - value).square().sum(1))
-        levels = range(segment.base_bits - 2, -1, -2)
-        base.extend(_pack((prefix >> shift) & 3) for shift in levels)
-        refine.append(_pack(code & 3))
-        start = stop
-    words = torch.cat(refine, 1)
-    pad = -words.shape[1] % 4
+def _encode(direction: Tensor, values: tuple[Tensor, ...], quantizers: list[Quantizer]) -> _Coded:
+    coded = [quantize(part, own) for part, own in zip(values, quantizers, strict=True)]
     return _Coded(
-        base=torch.cat(base, 1),
-        refine=torch.nn.functional.pad(words, (0, 0, 0, pad)),
-        scale=scale,
-        direction=direction,
-        base_error=torch.stack(base_errors, 1),
-        refined_error=torch.stack(refined_errors, 1),
+        base=torch.cat([words for own in coded for words in own.base], 1),
+        refine=torch.cat([own.refine for own in coded], 2),
+        scale=torch.stack([own.scale for own in coded]),
+        direction=direction.clone(),
+        errors=torch.stack([own.errors for own in coded]),
+        energy=torch.stack([own.energy for own in coded]),
     )
-
-
-def _pack(fields: Tensor) -> Tensor:
-    """Two-bit fields uint8[n, 16 g] to words uint8[n, g, 4]."""
-    parts = fields.view(fields.shape[0], -1, 4, 4)
-    return parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6
 
 
 def _blocked(words: Tensor) -> Tensor:
@@ -302,10 +188,20 @@ def _blocked(words: Tensor) -> Tensor:
     return padded.view(blocks, BLOCK_ROWS, count, 4).transpose(1, 2).contiguous()
 
 
-def _with_shares(segments: list[Segment], coded: _Coded) -> tuple[Segment, ...]:
-    base, refined = coded.base_error.double().mean(0), coded.refined_error.double().mean(0)
-    base, refined = base / base.sum().clamp_min(1e-30), refined / refined.sum().clamp_min(1e-30)
+def _segments(
+    widths: list[tuple[int, int]], quantizers: list[Quantizer], parts: list[_Coded]
+) -> tuple[Segment, ...]:
+    errors = torch.cat([part.errors for part in parts], 2).double()
+    energy = torch.cat([part.energy for part in parts], 1)
+    mean, worst = errors.nanmean(2).nan_to_num(0), errors.nan_to_num(0).amax(2)
     return tuple(
-        dataclasses.replace(segment, base_share=float(base[i]), refined_share=float(refined[i]))
-        for i, segment in enumerate(segments)
+        Segment(
+            dims=dims,
+            base_bits=bits,
+            step=quantizers[g].step,
+            error=tuple(mean[g].tolist()),
+            worst=tuple(worst[g].tolist()),
+            energy=float(energy[g].nan_to_num(0).max()),
+        )
+        for g, (dims, bits) in enumerate(widths)
     )

@@ -11,14 +11,41 @@ class HeadOutput:
 
     Args:
         logits: `float32[n, V]`, complete: exact for the candidates, estimates for the rest.
+        tokens: `int64[n]`, the argmax.
         candidates: `int64[n]`, rows of the head scored exactly.
-        certified: `bool[n]`, whether no other row can beat the argmax, at the z of the index.
+        certified: `bool[n]`, whether no other row can beat the argmax, but for the failure
+            probability.
+        fallback: `bool[n]`, whether so many rows could win that all were scored exactly.
         bytes_read: `int64[n]`, bytes of head and index read for this row if it were alone, counted.
+        exact: for each hidden state the rows scored exactly, `int32[k]` ascending, or None.
     """
 
     logits: Tensor
+    tokens: Tensor
     candidates: Tensor
     certified: Tensor
+    fallback: Tensor
+    bytes_read: Tensor
+    exact: list[Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The next tokens of n hidden states, with their certificates.
+
+    Args:
+        tokens: `int64[n]`.
+        certified: `bool[n]`: the token is the one the dense float32 head gives, but for the failure
+            probability.
+        fallback: `bool[n]`, whether the dense product had to complete the row.
+        candidates: `int64[n]`, rows of the head scored exactly.
+        bytes_read: `int64[n]`, bytes of head and index read for this row if it were alone, counted.
+    """
+
+    tokens: Tensor
+    certified: Tensor
+    fallback: Tensor
+    candidates: Tensor
     bytes_read: Tensor
 
 
@@ -30,6 +57,7 @@ class HeadStatistics:
     dense_rows: int = 0
     candidates: int = 0
     certified: int = 0
+    fallback: int = 0
     bytes_read: int = 0
 
     def reset(self) -> None:
@@ -37,12 +65,11 @@ class HeadStatistics:
         for field in dataclasses.fields(self):
             setattr(self, field.name, 0)
 
-    def add(self, output: HeadOutput) -> None:
+    def add(self, output: HeadOutput | NextToken) -> None:
         """Count a search."""
-        self.rows += output.logits.shape[0]
-        self.candidates += sum(output.candidates.tolist())
-        self.certified += sum(output.certified.tolist())
-        self.bytes_read += sum(output.bytes_read.tolist())
+        self.rows += len(output.tokens)
+        for name in ("candidates", "certified", "fallback", "bytes_read"):
+            setattr(self, name, getattr(self, name) + sum(getattr(output, name).tolist()))
 
     def add_dense(self, rows: int, row_bytes: int) -> None:
         """Count rows that took the dense product, which reads the whole head for each alone."""

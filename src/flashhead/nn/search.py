@@ -6,12 +6,10 @@ from torch import Tensor
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.nn.output import HeadOutput
+from flashhead.ops.cascade.api import cascade
 from flashhead.ops.probe.api import candidate_rows, estimates, probe
-from flashhead.ops.refine.api import refine
 from flashhead.ops.rescore.api import rescore
-from flashhead.ops.scan.api import scan
-from flashhead.ops.scan.query import CodesPlan, make_query
-from flashhead.ops.select.api import select
+from flashhead.ops.scan.query import CodesPlan
 
 
 def search_codes(
@@ -21,57 +19,39 @@ def search_codes(
     index: CodesIndex,
     plan: CodesPlan,
     impl: str,
+    *,
+    failure_probability: float | None = None,
+    winner_only: bool = False,
 ) -> HeadOutput:
-    """Scan all rows coarsely, refine the survivors, score the last few exactly.
-
-    Each of the two selections may leave rows at an estimate for half of the KL budget.
+    """Scan all rows coarsely, refine the survivors plane by plane, score the last few exactly.
 
     Args:
         hidden: floating `[n, d]`, finite.
         weight: bfloat16, float16 or float32 `[V, d]`.
-        bias: `float32[V]` or None.
+        bias: `float32[V]`, `float32[1, V]` or `float32[n, V]`, added to the logits, or None.
         index: codes of `weight`.
         plan: `make_plan(index)`.
         impl: "cpu" or "reference".
+        failure_probability: None: the index's.
+        winner_only: read only what decides the winner; the other logits are coarse estimates.
     """
-    z, budget = index.options.z, index.options.kl_budget / 2
-    query = make_query(hidden, index, plan, impl=impl)
-    logits = scan(query, index, plan, bias, impl=impl)
+    probability = index.options.failure_probability
+    if failure_probability is not None:
+        probability = failure_probability
+    rows = bias.view(-1, index.vocab_size) if bias is not None else None
+    budget = None if winner_only else index.options.kl_budget
+    found = cascade(hidden, weight, rows, index, plan, probability, budget, impl=impl)
     row_bytes = weight.shape[1] * weight.element_size()
-    fixed_bytes = index.scan_bytes + (0 if bias is None else 4 * index.vocab_size)
-    counts: list[tuple[int, bool, int]] = []
-    for n in range(hidden.shape[0]):
-        approximate = logits[n]
-        survivors, upper = select(
-            approximate, index.error[0], index.scale, query.base_variance[n], z, budget, impl=impl
-        )
-        refined = refine(query, n, index, survivors, approximate[survivors], impl=impl)
-        chosen, refined_upper = select(
-            refined,
-            index.error[1][survivors],
-            index.scale[survivors],
-            query.refined_variance[n],
-            z,
-            budget,
-            impl=impl,
-        )
-        candidates = survivors[chosen]
-        exact = rescore(hidden[n], weight, bias, candidates, impl=impl)
-        approximate[survivors] = refined
-        approximate[candidates] = exact
-        certified = bool(exact.max() >= max(upper, refined_upper))
-        read = (
-            fixed_bytes
-            + survivors.numel() * index.refine_row_bytes
-            + candidates.numel() * row_bytes
-        )
-        counts.append((candidates.numel(), certified, read))
-    candidates_of, certified_of, bytes_of = ([entry[i] for entry in counts] for i in range(3))
+    sizes = torch.tensor([index.refine_row_bytes] * index.planes + [row_bytes])
+    fixed = index.scan_bytes + (0 if bias is None else 4 * index.vocab_size)
     return HeadOutput(
-        logits,
-        torch.tensor(candidates_of, dtype=torch.int64),
-        torch.tensor(certified_of, dtype=torch.bool),
-        torch.tensor(bytes_of, dtype=torch.int64),
+        logits=found.scores,
+        tokens=found.tokens,
+        candidates=found.read[:, -1],
+        certified=torch.ones(len(hidden), dtype=torch.bool),
+        fallback=found.dense,
+        bytes_read=fixed + (found.read * sizes).sum(1),
+        exact=found.exact,
     )
 
 
@@ -107,4 +87,5 @@ def search_clusters(
         logits[n, rows] = rescore(hidden[n], weight, bias, rows, impl=impl)
         counts[n] = rows.numel()
     never = torch.zeros(hidden.shape[0], dtype=torch.bool)
-    return HeadOutput(logits, counts, never, fixed_bytes + counts * row_bytes)
+    read = fixed_bytes + counts * row_bytes
+    return HeadOutput(logits, logits.argmax(1), counts, never, never, read)

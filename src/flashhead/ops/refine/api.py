@@ -3,20 +3,30 @@
 from torch import Tensor
 
 from flashhead.index.codes import CodesIndex
-from flashhead.ops.scan.query import CodesQuery
+from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
 def refine(
-    query: CodesQuery, number: int, index: CodesIndex, rows: Tensor, estimates: Tensor, *, impl: str
+    query: CodesQuery,
+    number: int,
+    index: CodesIndex,
+    plan: CodesPlan,
+    plane: int,
+    rows: Tensor,
+    estimates: Tensor,
+    *,
+    impl: str,
 ) -> Tensor:
-    """Add 2 more bits a dimension to the estimates of some rows.
+    """Add the 2 bits a dimension of one plane to the estimates of some rows.
 
     Args:
         query: the prepared hidden states.
         number: which of them.
         index: the codes.
+        plan: `make_plan(index)`.
+        plane: 1 or 2; 2 wants estimates that have 1.
         rows: `int64[k]`, row ids.
-        estimates: `float32[k]`, their estimates from the scan.
+        estimates: `float32[k]`.
         impl: "cpu" or "reference".
 
     Returns:
@@ -25,7 +35,7 @@ def refine(
     if impl == "cpu":
         from flashhead.ops.refine import cpu
 
-        return cpu.refine(query, number, index, rows, estimates)
+        return cpu.refine(query, number, index, plan, plane, rows, estimates)
     from flashhead.ops.refine import reference
 
-    return reference.refine(query, number, index, rows, estimates)
+    return reference.refine(query, number, index, plan, plane, rows, estimates)

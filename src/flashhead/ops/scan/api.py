@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from flashhead.index.codes import CodesIndex
+from flashhead.ops.scan import reference
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
@@ -19,7 +20,7 @@ def scan(
         query: n prepared hidden states.
         index: the codes.
         plan: `make_plan(index)`.
-        bias: `float32[V]` or None.
+        bias: `float32[1, V]` or `float32[n, V]`, or None.
         impl: "cpu" or "reference".
 
     Returns:
@@ -29,6 +30,13 @@ def scan(
         from flashhead.ops.scan import cpu
 
         return cpu.scan(query, index, plan, bias)
-    from flashhead.ops.scan import reference
-
     return reference.scan(query, index, plan, bias)
+
+
+def variances(query: CodesQuery, index: CodesIndex, stage: int) -> Tensor:
+    """Variance of the estimates of all rows at one stage (0: base, j: with j planes).
+
+    Returns:
+        `float32[n, V]`, squared nats.
+    """
+    return reference.variances(query, index, stage)

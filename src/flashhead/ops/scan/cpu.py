@@ -1,86 +1,297 @@
-"""Scan on the CPU: 16 rows at a time, packed codes times int8 query, no unpacking to memory.
+"""Scan on the CPU: 16 rows at a time, packed codes times int8 queries, no unpacking to memory.
 
-With AVX-512 VNNI a block of 16 rows is one vector: a word of each row is loaded (64 bytes), and
-four times shifted, masked and multiplied by a broadcast of 4 query bytes in one `vpdpbusd`. 16
-codes a row cost about 12 instructions and the loop runs at memory speed from one query. Elsewhere
-LLVM vectorises a plain loop over the same layout.
+With AVX-512 VNNI a block of 16 rows is one vector: a word of each row is loaded (64 bytes), and as
+often as it has fields shifted, masked and multiplied by a broadcast of 4 query bytes in one
+`vpdpbusd`; four queries share the unpacking. Elsewhere LLVM vectorises a plain loop over the same
+layout. What selection needs of all rows is gathered while a block is in registers: the largest
+estimate and the largest upper bound of each block, and the probability mass of each task.
 """
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from torch import Tensor
 
 from flashhead.index.codes import BLOCK_ROWS, CodesIndex
 from flashhead.ops import simd
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
-_BLOCKS_A_TASK = 64
+BLOCKS_A_TASK = 64
+TASK_ROWS = BLOCKS_A_TASK * BLOCK_ROWS
+FINITE = simd.FASTMATH | {"nnan"}
+"""No NaN (the caller checks the hidden state and the bias), so that LLVM vectorises maxima."""
+_LOWEST = np.float32(-1e30)
+
+
+class IndexArrays(NamedTuple):
+    """The tensors of an index as arrays, bfloat16 as uint16 bits."""
+
+    base: np.ndarray
+    refine: np.ndarray
+    scale: np.ndarray
+    direction: np.ndarray
+    exact: np.ndarray
+    transform: np.ndarray
+
+
+class PlanArrays(NamedTuple):
+    """The tensors of a plan as arrays."""
+
+    runs: np.ndarray
+    run_segment: np.ndarray
+    run_gain: np.ndarray
+    bounds: np.ndarray
+    refine_bounds: np.ndarray
+    gather: np.ndarray
+    step: np.ndarray
+    centre: np.ndarray
+    size: np.ndarray
+    error: np.ndarray
+    worst: np.ndarray
+    energy: np.ndarray
+    reach: float
+
+
+class QueryArrays(NamedTuple):
+    """The tensors of a query as arrays."""
+
+    integers: np.ndarray
+    gathered: np.ndarray
+    step: np.ndarray
+    total: np.ndarray
+    along: np.ndarray
+    shift: np.ndarray
+    variance: np.ndarray
+    spread: np.ndarray
+    floor: np.ndarray
+
+
+class Scanned(NamedTuple):
+    """What a scan leaves: estimates, and maxima and masses of blocks and tasks."""
+
+    estimates: np.ndarray  # float32[n, V]
+    highest: np.ndarray  # float32[n, blocks]: largest estimate
+    upper: np.ndarray  # float32[n, blocks]: largest estimate + spread
+    peak: np.ndarray  # float32[n, tasks]: largest estimate
+    best: np.ndarray  # int64[n, tasks]: its row
+    mass: np.ndarray  # float64[n, tasks]: sum of exp(estimate - variance / 2 - peak)
+
+
+def index_arrays(index: CodesIndex) -> IndexArrays:
+    """Arrays that share memory with an index on the CPU."""
+    return IndexArrays(
+        index.base.numpy(),
+        index.refine.numpy(),
+        simd.bits16(index.scale),
+        index.direction.numpy(),
+        index.exact.numpy(),
+        simd.bits16(index.transform),
+    )
+
+
+def plan_arrays(plan: CodesPlan) -> PlanArrays:
+    """Arrays that share memory with a plan."""
+    values = [getattr(plan, name) for name in PlanArrays._fields]
+    return PlanArrays(*(v.numpy() if isinstance(v, torch.Tensor) else v for v in values))
+
+
+def query_arrays(query: CodesQuery) -> QueryArrays:
+    """Arrays that share memory with a query."""
+    return QueryArrays(*(getattr(query, name).numpy() for name in QueryArrays._fields))
 
 
 @numba.njit(inline="always")
-def _run_sums(codes, query, first, last, sums):  # type: ignore[no-untyped-def]
-    """Portable integer products of one run of words of one block: int32[16]."""
+def _portable_sums(base, block, integers, run, sums):  # type: ignore[no-untyped-def]
+    """Integer products of one run of words of one block with one query: int32[16]."""
+    first, count, width, start = run[0], run[1], run[2], run[3]
+    fields, mask = 8 // width, np.int32((1 << width) - 1)
     sums[:] = 0
-    for word in range(first, last):
+    for word in range(count):
         for row in range(BLOCK_ROWS):
             total = np.int32(0)
             for byte in range(4):
-                packed = np.int32(codes[word, row, byte])
-                for field in range(4):
-                    code = (packed >> np.int32(2 * field)) & np.int32(3)
-                    total += np.int32(code * np.int32(query[word, 4 * field + byte]))
+                packed = np.int32(base[block, first + word, row, byte])
+                for field in range(fields):
+                    code = (packed >> np.int32(width * field)) & mask
+                    number = integers[start + (word * fields + field) * 4 + byte]
+                    total += np.int32(code * np.int32(number))
             sums[row] += total
 
 
-@numba.njit(parallel=True, fastmath=simd.FASTMATH, cache=True)
-def _scan(codes, query, runs, run_scale, offset, scale, direction, along, shift, bias, out, vnni):  # type: ignore[no-untyped-def]
-    blocks, words = codes.shape[0], codes.shape[1]
-    rows = scale.shape[0]
-    for task in numba.prange((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK):
-        dots = np.empty(BLOCK_ROWS, np.float32)
+@numba.njit(inline="always")
+def _block_dots(base, block, runs, owner, gain, integers, q, count, dots, vnni):  # type: ignore[no-untyped-def]
+    """Add the products of one block with queries q .. q + count - 1 (1 or 4) to
+    dots[count, segments, 16]; `gain[n, runs]`.
+    """
+    dots[:count] = 0
+    words, segments = base.shape[1], dots.shape[1]
+    if vnni:
+        for r in range(runs.shape[0]):
+            codes = base.ctypes.data + (block * words + runs[r, 0]) * 64
+            query = integers.ctypes.data + q * integers.shape[1] + runs[r, 3]
+            factor = gain.ctypes.data + (q * runs.shape[0] + r) * 4
+            out = dots.ctypes.data + owner[r] * 64
+            stride, factors, outs = integers.shape[1], runs.shape[0] * 4, segments * 64
+            if runs[r, 2] == 1:
+                if count == 4:
+                    simd.dot16_1bit_4(codes, query, stride, runs[r, 1], factor, factors, out, outs)
+                else:
+                    simd.dot16_1bit_1(codes, query, stride, runs[r, 1], factor, factors, out, outs)
+            elif count == 4:
+                simd.dot16_2bit_4(codes, query, stride, runs[r, 1], factor, factors, out, outs)
+            else:
+                simd.dot16_2bit_1(codes, query, stride, runs[r, 1], factor, factors, out, outs)
+    else:
         sums = np.empty(BLOCK_ROWS, np.int32)
-        for block in range(task * _BLOCKS_A_TASK, min(blocks, (task + 1) * _BLOCKS_A_TASK)):
-            for q in range(query.shape[0]):
-                dots[:] = 0
-                for run in range(runs.shape[0]):
-                    first, last = runs[run, 0], runs[run, 1]
-                    if vnni:
-                        simd.dot16_vnni(
-                            codes.ctypes.data + (block * words + first) * 64,
-                            query.ctypes.data + (q * words + first) * 16,
-                            last - first,
-                            run_scale[q, run],
-                            dots.ctypes.data,
-                        )
-                    else:
-                        _run_sums(codes[block], query[q], first, last, sums)
-                        for row in range(BLOCK_ROWS):
-                            dots[row] += run_scale[q, run] * np.float32(sums[row])
-                start = block * BLOCK_ROWS
-                for row in range(min(BLOCK_ROWS, rows - start)):
-                    v = start + row
-                    coded = simd.bf16(scale[v]) * (dots[row] - offset[q])
-                    out[q, v] = coded + direction[v] * along[q] + shift[q]
+        for i in range(count):
+            for r in range(runs.shape[0]):
+                _portable_sums(base, block, integers[q + i], runs[r], sums)
+                for row in range(BLOCK_ROWS):
+                    dots[i, owner[r], row] += gain[q + i, r] * np.float32(sums[row])
+
+
+@numba.njit(inline="always")
+def widths(scales, coefficients, floor, first, count, out):  # type: ignore[no-untyped-def]
+    """out[i] = sum_g scale_g^2 coefficient_g + floor of row first + i; the loop over rows is the
+    inner one, which LLVM vectorises.
+    """
+    for i in range(count):
+        out[i] = floor
+    for g in range(coefficients.shape[0]):
+        factor = coefficients[g]
+        for i in range(count):
+            scale = simd.bf16(scales[g, first + i])
+            out[i] += scale * scale * factor
+
+
+@numba.njit(inline="always")
+def _finish_block(  # type: ignore[no-untyped-def]
+    dots, first, rows, scales, direction, offset, along, shift, spread, floor, bias, out, upper
+):
+    """Estimates and upper bounds of `rows` rows from `first` on for one query."""
+    for row in range(rows):
+        out[first + row] = direction[first + row] * along + shift
+    for g in range(dots.shape[0]):
+        lower = offset[g]
+        for row in range(rows):
+            out[first + row] += simd.bf16(scales[g, first + row]) * (dots[g, row] - lower)
+    if bias.shape[0] > 0:
+        for row in range(rows):
+            out[first + row] += bias[first + row]
+    widths(scales, spread, floor, first, rows, upper)
+    for row in range(rows):
+        upper[row] = out[first + row] + np.sqrt(upper[row])
+
+
+@numba.njit(parallel=True, fastmath=FINITE, cache=True)
+def scan_kernel(index, plan, query, bias, weigh, scanned, vnni):  # type: ignore[no-untyped-def]
+    """Fill `scanned`; bias `float32[0 | 1 | n, V]`; masses only if `weigh`."""
+    base, runs, owner = index.base, plan.runs, plan.run_segment
+    blocks, rows, n = base.shape[0], index.direction.shape[0], query.integers.shape[0]
+    segments = index.scale.shape[0]
+    gain = np.empty((n, runs.shape[0]), np.float32)
+    offset = np.empty((n, segments), np.float32)
+    for q in range(n):
+        for r in range(runs.shape[0]):
+            gain[q, r] = query.step[q, owner[r]] * plan.run_gain[r]
+        for g in range(segments):
+            offset[q, g] = query.total[q, g] * plan.step[g] * plan.centre[g]
+    # arrays, not the tuples: what a parallel loop writes through a tuple is lost
+    integers, along, shift = query.integers, query.along, query.shift
+    variance, spread, floor = query.variance, query.spread, query.floor
+    scales, direction, estimates = index.scale, index.direction, scanned.estimates
+    highest, uppers = scanned.highest, scanned.upper
+    peaks, bests, masses = scanned.peak, scanned.best, scanned.mass
+    empty = np.empty(0, np.float32)
+    for task in numba.prange((blocks + BLOCKS_A_TASK - 1) // BLOCKS_A_TASK):
+        dots = np.empty((4, segments, BLOCK_ROWS), np.float32)
+        upper, width = np.empty(BLOCK_ROWS, np.float32), np.empty(TASK_ROWS, np.float32)
+        for block in range(task * BLOCKS_A_TASK, min(blocks, (task + 1) * BLOCKS_A_TASK)):
+            first = block * BLOCK_ROWS
+            present = min(BLOCK_ROWS, rows - first)
+            q = 0
+            while q < n:
+                count = 4 if n - q >= 4 else 1
+                _block_dots(base, block, runs, owner, gain, integers, q, count, dots, vnni)
+                for i in range(count):
+                    own = q + i
+                    added = empty
                     if bias.shape[0] > 0:
-                        out[q, v] += bias[v]
+                        added = bias[own if bias.shape[0] > 1 else 0]
+                    if present == BLOCK_ROWS:
+                        _finish_block(
+                            dots[i], first, BLOCK_ROWS, scales, direction, offset[own], along[own],
+                            shift[own], spread[own, 0], floor[own], added, estimates[own], upper,
+                        )  # fmt: skip
+                    else:
+                        _finish_block(
+                            dots[i], first, present, scales, direction, offset[own], along[own],
+                            shift[own], spread[own, 0], floor[own], added, estimates[own], upper,
+                        )  # fmt: skip
+                    high, bound = _LOWEST, _LOWEST
+                    for row in range(present):
+                        high = max(high, estimates[own, first + row])
+                        bound = max(bound, upper[row])
+                    highest[own, block], uppers[own, block] = high, bound
+                q += count
+        for own in range(n):
+            best, peak = _best_of_task(task, highest[own], estimates[own])
+            peaks[own, task], bests[own, task] = peak, best
+            if weigh:
+                masses[own, task] = _mass_of_task(
+                    task, estimates[own], peak, scales, variance[own, 0], floor[own], width
+                )
 
 
-def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None) -> Tensor:
-    """Estimates of all logits: float32[n, V]."""
-    out = torch.empty(query.base.shape[0], index.vocab_size, dtype=torch.float32)
-    _scan(
-        index.base.numpy(),
-        query.base.numpy(),
-        plan.runs.numpy(),
-        query.run_scale.numpy(),
-        query.base_offset.numpy(),
-        simd.bits16(index.scale),
-        index.direction.numpy(),
-        query.along.numpy(),
-        query.shift.numpy(),
-        simd.optional(bias),
-        out.numpy(),
-        simd.has_vnni(),
+@numba.njit(inline="always")
+def _best_of_task(task, highest, estimates):  # type: ignore[no-untyped-def]
+    """Row of the largest estimate of one task, and the estimate."""
+    first = task * BLOCKS_A_TASK
+    block, peak = first, _LOWEST
+    for b in range(first, min(highest.shape[0], first + BLOCKS_A_TASK)):
+        if highest[b] > peak:
+            block, peak = b, highest[b]
+    best = block * BLOCK_ROWS
+    for v in range(block * BLOCK_ROWS, min(estimates.shape[0], (block + 1) * BLOCK_ROWS)):
+        if estimates[v] > estimates[best]:
+            best = v
+    return best, peak
+
+
+@numba.njit(inline="always")
+def _mass_of_task(task, estimates, peak, scales, variance, floor, width):  # type: ignore[no-untyped-def]
+    """Mass of one task's rows, while they are in the cache; `width` is memory for TASK_ROWS."""
+    first = task * TASK_ROWS
+    count = min(TASK_ROWS, estimates.shape[0] - first)
+    widths(scales, variance, floor, first, count, width)
+    mass = np.float32(0)
+    for i in range(count):
+        mass += simd.fast_exp(estimates[first + i] - peak - width[i] * np.float32(0.5))
+    return mass
+
+
+@numba.njit(cache=True)
+def new_scanned(n, rows):  # type: ignore[no-untyped-def]
+    """Memory for a scan of n queries."""
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    tasks = (blocks + BLOCKS_A_TASK - 1) // BLOCKS_A_TASK
+    return Scanned(
+        np.empty((n, rows), np.float32),
+        np.empty((n, blocks), np.float32),
+        np.empty((n, blocks), np.float32),
+        np.empty((n, tasks), np.float32),
+        np.empty((n, tasks), np.int64),
+        np.zeros((n, tasks), np.float64),
     )
-    return out
+
+
+def scan(
+    query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Estimates of all logits: float32[n, V]."""
+    scanned = new_scanned(len(query.integers), index.vocab_size)
+    added = np.empty((0, 0), np.float32) if bias is None else bias.contiguous().numpy()
+    arrays = index_arrays(index), plan_arrays(plan), query_arrays(query)
+    scan_kernel(*arrays, added, False, scanned, simd.has_vnni())
+    return torch.from_numpy(scanned.estimates)

@@ -1,156 +1,184 @@
-"""A hidden state in the form the codes are multiplied with: int8 coordinates, one scale a segment.
+"""A hidden state in the form the codes are multiplied with: int8 coordinates, one step a segment.
 
-All implementations multiply the same integers. For segment g of n_g coordinates h_g, base code
-value 4 step_g (k - c_g) with c_g = (2^b_g - 1)/2, and q = round(h_g / s_g), s_g = max|h_g| / 127:
+All implementations multiply the same integers. With q = round(h_g / s_g), s_g = max|h_g| / 127, the
+base code k, c = (2^b - 1)/2 and the fields f_j of the planes, a row is estimated by
 
-    estimate_v = scale_v (sum_g 4 step_g s_g (q.k_g - c_g sum(q))) + direction_v (h.r) + h.m
+    s_v = sum_g scale_gv s_g step_g (q.k - c sum(q)) + direction_v (h.r) + h.m
+    and plane j adds sum_g scale_gv s_g step_g / 4^j (q.f_j - 1.5 sum(q)).
 
-Its variance has two parts that differ by row only through two stored numbers:
+Its variance at stage j (base, first plane, ...) is a sum over the segments, for every row by its
+scales alone:
 
-    sigma_v^2 = coding error_v^2 + rounding scale_v^2
-    coding    = sum_g share_g ||h_g||^2 / n_g        (random rotation; share_g: mean error share)
-    rounding  = sum_g n_g variance_g s_g^2 / 12      (uniform rounding of the query)
+    sigma_v^2 = sum_g scale_gv^2 A_jg + floor^2
+    A_jg = ||h_g||^2 error_jg / n_g     coding; random direction, see `index.codes`
+         + s_g^2 energy_g / 12          rounding of the query, uniform
+
+The deterministic bound on |s_v - h.w_v| is the Cauchy-Schwarz inequality for both parts,
+sum_g scale_gv B_jg <= sqrt(G sum_g scale_gv^2 B_jg^2) with
+
+    B_jg = ||h_g|| sqrt(worst_jg) + s_g sqrt(n_g energy_g) / 2.
+
+`floor` is what float32 arithmetic itself may err by.
 """
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
 
-from flashhead.index.codes import GROUP, REFINE_BITS, CodesIndex
+from flashhead.index.bound import z_score
+from flashhead.index.codes import CodesIndex
 
-FIELD_VARIANCE = (4**REFINE_BITS - 1) / 12
-"""Of a uniform 2-bit field."""
+ROUNDING = 4e-6
+"""Error of float32 sums of this size, relative to the terms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CodesQuery:
-    """n hidden states, prepared once, used by scan, select and refine.
+    """n hidden states, prepared once; G segments, S = planes + 1 stages.
 
     Args:
-        base: `int8[n, words, 16]`, coordinates in the order of the base words.
-        run_scale: `float32[n, runs]`, factor of the integer sum of each run of words.
-        base_offset: `float32[n]`, to subtract from the scaled sum.
+        integers: `int8[n, D]`, coordinates.
+        gathered: `int8[n, refine_words / 4, 4, 4, 4]`, the same by chunk of 4 words, field, word,
+            byte, as `refine` is multiplied.
+        step: `float32[n, G]`, s_g.
+        total: `float32[n, G]`, s_g sum(q).
         along: `float32[n]`, h.r, multiplies `direction`.
         shift: `float32[n]`, h.m, added to every logit.
-        base_variance: `float32[n, 2]`, coding and rounding factors of the base estimate.
-        refine: `int8[n, refine_words / 4, 4, 4, 4]`, coordinates by chunk of 4 words, field, word,
-            byte.
-        refine_scale: `float32[n]`, factor of the integer sum.
-        refine_offset: `float32[n]`, to subtract from the scaled sum.
-        refined_variance: `float32[n, 2]`, as base_variance after the refinement.
+        variance: `float32[n, S, G]`, A.
+        spread: `float32[n, S, G]`, the squared half-width of the interval is
+            sum_g scale_g^2 spread_g + floor: z^2 A, or G B^2.
+        floor: `float32[n]`, added to both, squared nats.
     """
 
-    base: Tensor
-    run_scale: Tensor
-    base_offset: Tensor
+    integers: Tensor
+    gathered: Tensor
+    step: Tensor
+    total: Tensor
     along: Tensor
     shift: Tensor
-    base_variance: Tensor
-    refine: Tensor
-    refine_scale: Tensor
-    refine_offset: Tensor
-    refined_variance: Tensor
+    variance: Tensor
+    spread: Tensor
+    floor: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class CodesPlan:
-    """What every query of one index shares: where words and segments lie."""
+    """What every query of one index shares: where words and segments lie.
 
-    runs: Tensor  # int64[runs, 2]: first word, one past the last, of equal segment and level
-    run_segment: Tensor  # int64[runs]
-    run_gain: Tensor  # float32[runs]
-    word_group: Tensor  # int64[words]: the group of 16 coordinates a base word belongs to
-    segment_of: Tensor  # int64[D]
-    sizes: Tensor  # float32[segments]
-    step_of: Tensor  # float32[D]
-    offset_gain: Tensor  # float32[segments]
-    shares: Tensor  # float32[2, segments]: of the base and the refined error
-    rounding: Tensor  # float32[segments]: n_g variance_g / 12
-    refine_words: int
+    Args:
+        runs: `int64[runs, 4]`: first word, words, bits of a field, first coordinate.
+        run_segment: `int64[runs]`.
+        run_gain: `float32[runs]`, step times 4 for the high bits of a 4-bit segment.
+        bounds: `int64[G + 1]`, first coordinate of each segment.
+        refine_bounds: `int64[G + 1]`, first word of each segment in a plane.
+        gather: `int64[refine_words / 4, 4, 4, 4]`, coordinate of each query byte, -1: padding.
+        step: `float32[G]`.
+        centre: `float32[G]`, c.
+        size: `float32[G]`, n_g.
+        error: `float32[S, G]`.
+        worst: `float32[S, G]`.
+        energy: `float32[G]`.
+        reach: largest |direction|, for the floor.
+    """
+
+    runs: Tensor
+    run_segment: Tensor
+    run_gain: Tensor
+    bounds: Tensor
+    refine_bounds: Tensor
+    gather: Tensor
+    step: Tensor
+    centre: Tensor
+    size: Tensor
+    error: Tensor
+    worst: Tensor
+    energy: Tensor
+    reach: float
+
+    @property
+    def stages(self) -> int:
+        """Stages S before the exact rows: the base and each plane."""
+        return int(self.error.shape[0])
 
 
 def make_plan(index: CodesIndex) -> CodesPlan:
     """Lay out the runs of words of an index, in the order `build_codes` wrote them."""
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, int, int]] = []
     run_segment: list[int] = []
     run_gain: list[float] = []
-    word_group: list[int] = []
-    segment_of: list[int] = []
-    word = group = 0
+    bounds, refine_bounds, gather, word = [0], [0], [], 0
     for number, segment in enumerate(index.segments):
-        for level in range(segment.base_bits // 2 - 1, -1, -1):
-            runs.append((word, word + segment.groups))
+        width = min(2, segment.base_bits)
+        count = segment.dims * width // 32
+        for level in range(segment.base_words // count - 1, -1, -1):
+            runs.append((word, count, width, bounds[-1]))
             run_segment.append(number)
-            run_gain.append(4 * segment.step * 4.0**level)
-            word_group.extend(range(group, group + segment.groups))
-            word += segment.groups
-        segment_of.extend([number] * (segment.groups * GROUP))
-        group += segment.groups
+            run_gain.append(segment.step * 4.0**level)
+            word += count
+        coordinates = torch.full((segment.refine_words * 16,), -1)
+        coordinates[: segment.dims] = bounds[-1] + torch.arange(segment.dims)
+        gather.append(coordinates.view(-1, 4, 4, 4).transpose(1, 2))
+        bounds.append(bounds[-1] + segment.dims)
+        refine_bounds.append(refine_bounds[-1] + segment.refine_words)
     segments = index.segments
-    floats = functools.partial(torch.tensor, dtype=torch.float32)
-    sizes = floats([segment.groups * GROUP for segment in segments])
-    steps = floats([segment.step for segment in segments])
-    owner = torch.tensor(segment_of)
     return CodesPlan(
-        runs=torch.tensor(runs, dtype=torch.int64).view(-1, 2),
-        run_segment=torch.tensor(run_segment, dtype=torch.int64),
-        run_gain=floats(run_gain),
-        word_group=torch.tensor(word_group, dtype=torch.int64),
-        segment_of=owner,
-        sizes=sizes,
-        step_of=steps[owner],
-        offset_gain=floats([4 * s.step * (2**s.base_bits - 1) / 2 for s in segments]),
-        shares=floats([[s.base_share for s in segments], [s.refined_share for s in segments]]),
-        rounding=sizes * floats([segment.variance for segment in segments]) / 12,
-        refine_words=int(index.refine.shape[1]),
+        runs=torch.tensor(runs, dtype=torch.int64),
+        run_segment=torch.tensor(run_segment),
+        run_gain=torch.tensor(run_gain),
+        bounds=torch.tensor(bounds),
+        refine_bounds=torch.tensor(refine_bounds),
+        gather=torch.cat(gather).contiguous(),
+        step=torch.tensor([segment.step for segment in segments]),
+        centre=torch.tensor([(2**segment.base_bits - 1) / 2 for segment in segments]),
+        size=torch.tensor([float(segment.dims) for segment in segments]),
+        error=torch.tensor([segment.error for segment in segments]).T.contiguous(),
+        worst=torch.tensor([segment.worst for segment in segments]).T.contiguous(),
+        energy=torch.tensor([segment.energy for segment in segments]),
+        reach=float(index.direction.abs().max()),
     )
 
 
-def make_query(hidden: Tensor, index: CodesIndex, plan: CodesPlan, *, impl: str) -> CodesQuery:
-    """Prepare hidden states `[n, d]` (floating) for an index;
-    impl "cpu" or "reference", the same integers.
+def make_query(
+    hidden: Tensor, index: CodesIndex, plan: CodesPlan, failure_probability: float
+) -> CodesQuery:
+    """Prepare hidden states `[n, d]` (floating, finite) for an index, in eager torch: the
+    specification.
     """
-    coded = torch.nn.functional.linear(hidden.to(torch.bfloat16), index.transform).float()
-    if impl == "cpu":
-        from flashhead.ops.scan import prepare
-
-        return prepare.prepare(hidden.float(), coded, index.exact, plan)
-    return _prepare(hidden.float(), coded, index.exact, plan)
-
-
-def _prepare(hidden: Tensor, coded: Tensor, exact: Tensor, plan: CodesPlan) -> CodesQuery:
-    """In eager torch, the specification: hidden `float32[n, d]`, coded `float32[n, D]`."""
-    along, shift = (hidden @ exact.T).unbind(1)
-    n, segments = coded.shape[0], plan.sizes.shape[0]
-    owner = plan.segment_of.expand(n, -1)
-    peak = coded.new_zeros(n, segments).scatter_reduce_(1, owner, coded.abs(), "amax")
-    step = (peak / 127).clamp_min_(1e-30)
-    integers = (coded / step.gather(1, owner)).round_()
-    sums = coded.new_zeros(n, segments).scatter_add_(1, owner, integers)
-    energy = coded.new_zeros(n, segments).scatter_add_(1, owner, coded.square()) / plan.sizes
-    rounding = step.square() @ plan.rounding
-    stepped = coded * plan.step_of
-    refine_scale = (stepped.abs().amax(1) / 127).clamp_min_(1e-30)
-    refined = (stepped / refine_scale[:, None]).round_()
-    refine_rounding = refine_scale.square() * (FIELD_VARIANCE * coded.shape[1] / 12)
+    states = hidden.float()
+    coded = states @ index.transform.float().T
+    along, shift = (states @ index.exact.T).unbind(1)
+    z = z_score(failure_probability, plan.stages)
+    steps, totals, integers, variances, spreads = [], [], [], [], []
+    for g in range(len(plan.size)):
+        part = coded[:, int(plan.bounds[g]) : int(plan.bounds[g + 1])]
+        step = (part.abs().amax(1) / 127).clamp_min(1e-30)
+        rounded = (part / step[:, None]).round()
+        energy, size = part.square().sum(1, keepdim=True), plan.size[g]
+        coding = energy / size * plan.error[:, g]
+        variance = coding + (step.square() * plan.energy[g] / 12)[:, None]
+        if failure_probability > 0:
+            spread = z * z * variance
+        else:
+            bound = energy.sqrt() * plan.worst[:, g].sqrt()
+            bound = bound + (step * (size * plan.energy[g]).sqrt() / 2)[:, None]
+            spread = len(plan.size) * bound.square()
+        steps.append(step)
+        totals.append(step * rounded.sum(1))
+        integers.append(rounded)
+        variances.append(variance)
+        spreads.append(spread)
+    whole = torch.cat(integers, 1).to(torch.int8)
+    padded = torch.nn.functional.pad(whole, (0, 1))  # -1 picks the zero
+    size = shift.abs() + along.abs() * plan.reach
     return CodesQuery(
-        base=integers.to(torch.int8).view(n, -1, GROUP)[:, plan.word_group].contiguous(),
-        run_scale=(step[:, plan.run_segment] * plan.run_gain).contiguous(),
-        base_offset=(step * sums) @ plan.offset_gain,
+        integers=whole,
+        gathered=padded[:, plan.gather].contiguous(),
+        step=torch.stack(steps, 1),
+        total=torch.stack(totals, 1),
         along=along.contiguous(),
         shift=shift.contiguous(),
-        base_variance=torch.stack([energy @ plan.shares[0], rounding], 1),
-        refine=_by_chunk(refined.to(torch.int8), plan.refine_words),
-        refine_scale=refine_scale,
-        refine_offset=refine_scale * refined.sum(1) * ((2**REFINE_BITS - 1) / 2),
-        refined_variance=torch.stack([energy @ plan.shares[1], rounding + refine_rounding], 1),
+        variance=torch.stack(variances, 2).contiguous(),
+        spread=torch.stack(spreads, 2).contiguous(),
+        floor=(ROUNDING * size).square() + 1e-12,
     )
-
-
-def _by_chunk(integers: Tensor, words: int) -> Tensor:
-    """int8[n, D] to int8[n, words / 4, 4 fields, 4 words, 4 bytes]."""
-    n, dims = integers.shape
-    padded = torch.nn.functional.pad(integers, (0, words * GROUP - dims))
-    return padded.view(n, words // 4, 4, 4, 4).transpose(2, 3).contiguous()

@@ -1,6 +1,6 @@
 """Scan in eager torch: the specification.
 
-It unpacks the codes, so it is slow and needs V * words * 16 bytes.
+It unpacks the codes, so it is slow and needs V * D bytes.
 """
 
 import torch
@@ -10,28 +10,32 @@ from flashhead.index.codes import CodesIndex
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
-def unpack(words: Tensor) -> Tensor:
-    """Packed words `uint8[..., w, 4]` to fields `uint8[..., 16 w]`
-    in the order of the coordinates.
+def unpack(words: Tensor, width: int) -> Tensor:
+    """Packed words `uint8[..., w, 4]` to fields of `width` bits `uint8[..., 32 w / width]` in the
+    order of the coordinates.
     """
-    fields = torch.stack([words >> shift & 3 for shift in (0, 2, 4, 6)], -2)
-    return fields.flatten(-3)
+    mask = 2**width - 1
+    return torch.stack([words >> shift & mask for shift in range(0, 8, width)], -2).flatten(-3)
 
 
 def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None) -> Tensor:
     """Estimates of all logits: float32[n, V]."""
     rows = index.vocab_size
     words = index.base.transpose(1, 2).flatten(0, 1)[:rows]  # uint8[V, words, 4]
-    fields = unpack(words).double()
-    total = torch.zeros(query.base.shape[0], rows, dtype=torch.float64)
-    for run, (first, last) in enumerate(plan.runs.tolist()):
-        part = query.base[:, first:last].flatten(1).double() @ fields[:, first * 16 : last * 16].T
-        total += part * query.run_scale[:, run, None].double()
-    total -= query.base_offset[:, None].double()
-    total *= index.scale.double()
-    total += (
-        query.along[:, None].double() * index.direction.double() + query.shift[:, None].double()
-    )
-    if bias is not None:
-        total += bias.double()
-    return total.float()
+    scale, integers = index.scale.double(), query.integers.double()
+    total = query.along[:, None].double() * index.direction.double() + query.shift[:, None].double()
+    for (first, count, width, start), g, gain in zip(
+        plan.runs.tolist(), plan.run_segment.tolist(), plan.run_gain.tolist(), strict=True
+    ):
+        fields = unpack(words[:, first : first + count], width).double()
+        dots = integers[:, start : start + fields.shape[1]] @ fields.T
+        total += dots * query.step[:, g, None].double() * gain * scale[g]
+    offset = query.total.double() * (plan.step * plan.centre).double()
+    total -= offset @ scale
+    return (total if bias is None else total + bias.double()).float()
+
+
+def variances(query: CodesQuery, index: CodesIndex, stage: int) -> Tensor:
+    """sigma_v^2 of all rows at one stage (0: base): float32[n, V]."""
+    squared = index.scale.double().square()
+    return (query.variance[:, stage].double() @ squared + query.floor[:, None].double()).float()

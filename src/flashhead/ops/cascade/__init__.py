@@ -1,0 +1,1 @@
+"""Cascade: scan, then planes for the survivors, then exact rows."""
