@@ -15,6 +15,7 @@ from flashhead.ops.noise.api import (
     LARGEST_GUMBEL,
     SMALLEST_GUMBEL,
     add_gumbel,
+    draw,
     gumbel,
     gumbel_at,
 )
@@ -211,6 +212,53 @@ def test_the_perturbed_argmax_samples_the_softmax(temperature: float) -> None:
     assert chi2 < 16.8  # 6 degrees of freedom: one seed in a hundred exceeds it
 
 
+def perturbed_argmax(
+    logits: torch.Tensor, seed: int, steps: torch.Tensor, t: float, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The long way: all noise of all steps, then a maximum with the lowest position."""
+    noise = gumbel(seed, steps, int(rows.max()) + 1, impl="reference")[:, rows]
+    scores = logits + torch.tensor(t, dtype=torch.float32) * noise
+    values = scores.max(1).values
+    return torch.stack(
+        [(row == top).nonzero()[0, 0] for row, top in zip(scores, values, strict=True)]
+    ), values
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 1200),
+    spread=st.sampled_from([0.0, 1.0, 8.0, 200.0]),
+    offset=st.sampled_from([0.0, -3000.0]),
+    t=st.sampled_from([0.05, 0.7, 1.0, 20.0]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_draw_is_the_perturbed_argmax(
+    count: int, spread: float, offset: float, t: float, seed: int
+) -> None:
+    """Catches a strip that is passed over although a row of it wins, ties, and forbidden rows."""
+    generator = torch.Generator().manual_seed(seed & 0xFFFF)
+    logits = offset + spread * torch.randn(count, generator=generator)
+    logits[torch.rand(count, generator=generator) < 0.2] = -math.inf
+    logits[count // 2] = offset + spread
+    steps = torch.randint(0, 2**62, (50,), generator=generator)
+    places = torch.arange(count)
+    scattered = torch.randperm(3 * count, generator=generator)[:count]
+    for rows, given_rows in ((places, None), (scattered, scattered)):
+        winners, values = perturbed_argmax(logits, seed, steps, t, rows)
+        for impl in IMPLS:
+            got = draw(logits, seed, steps, t, given_rows, impl=impl)
+            assert torch.equal(got[0], winners)
+            assert torch.equal(got[1], values)
+
+
+def test_draw_of_equals_takes_the_lowest() -> None:
+    """Catches a winner that depends on the order of strips: noise is lost beside 1e30."""
+    logits = torch.zeros(2000)
+    logits[[700, 1999]] = 1e30
+    for impl in IMPLS:
+        assert draw(logits, 0, torch.arange(9), 1.0, impl=impl)[0].eq(700).all()
+
+
 def test_wrong_arguments_are_named() -> None:
     """Catches a seed or step that wraps around in silence, and in-place work on a copy."""
     steps, one = torch.tensor([0]), torch.ones(1)
@@ -233,3 +281,12 @@ def test_wrong_arguments_are_named() -> None:
         add_gumbel(torch.zeros(1, 4).double(), 0, steps, one, impl="reference")
     with pytest.raises(FlashHeadError, match="temperatures="):
         add_gumbel(torch.zeros(1, 4), 0, steps, -one, impl="reference")
+    for logits in (torch.zeros(0), torch.tensor([math.nan, 1]), torch.tensor([-math.inf])):
+        with pytest.raises(FlashHeadError, match="logits: wanted one that is finite"):
+            draw(logits, 0, steps, 1.0, impl="reference")
+    with pytest.raises(FlashHeadError, match="logits is"):
+        draw(torch.zeros(2).double(), 0, steps, 1.0, impl="reference")
+    with pytest.raises(FlashHeadError, match="rows is 1 rows"):
+        draw(torch.zeros(2), 0, steps, 1.0, torch.tensor([1]), impl="reference")
+    with pytest.raises(FlashHeadError, match="temperature=0"):
+        draw(torch.zeros(2), 0, steps, 0, impl="reference")

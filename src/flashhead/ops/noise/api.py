@@ -27,6 +27,8 @@ float32 one in a stated order, never fused, so all implementations return the sa
 processor.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,10 +83,7 @@ def gumbel_at(seed: int, step: int, rows: Tensor, *, impl: str) -> Tensor:
         FlashHeadError: `seed`, `step` or `rows` out of range.
     """
     _check(seed, torch.tensor([step], dtype=torch.int64))
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise FlashHeadError(f"rows is {rows.dtype} {list(rows.shape)}: wanted int64 [k]")
-    if rows.numel() > 0 and not 0 <= int(rows.min()) <= int(rows.max()) < 2**33:
-        raise FlashHeadError(f"rows from {int(rows.min())} to {int(rows.max())}: wanted 0 or more")
+    _check_rows(rows)
     if impl == "cpu":
         from flashhead.ops.noise import cpu
 
@@ -131,6 +130,65 @@ def add_gumbel(
     from flashhead.ops.noise import reference
 
     return reference.add_gumbel(estimates, seed, steps, temperatures)
+
+
+def draw(
+    logits: Tensor,
+    seed: int,
+    steps: Tensor,
+    temperature: float,
+    rows: Tensor | None = None,
+    *,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Draw n times from one distribution: the perturbed argmax of each step.
+
+    Equals, without its n times k numbers in memory, and with the lowest position among equals,
+
+        add_gumbel(logits.repeat(n, 1), seed, steps, torch.full((n,), temperature)).max(1)
+
+    where the logits are of rows 0, 1, ... With upper bounds in place of unknown logits, a winner
+    whose logit is exact is the winner of the exact logits.
+
+    Args:
+        logits: `float32[k]`, k >= 1; -inf never wins.
+        seed: 0 to 2^64 - 1.
+        steps: `int64[n]`, 0 or more.
+        temperature: above 0.
+        rows: `int64[k]`, whose noise to take, or None for 0, 1, ..., k - 1.
+        impl: "cpu" or "reference".
+
+    Returns:
+        Positions in `logits` that win, `int64[n]`, and their perturbed logits, `float32[n]`.
+
+    Raises:
+        FlashHeadError: an argument out of range, or no logit to choose from.
+    """
+    _check(seed, steps)
+    if logits.dtype != torch.float32 or logits.dim() != 1:
+        raise FlashHeadError(f"logits is {logits.dtype} {list(logits.shape)}: wanted float32 [k]")
+    if logits.numel() == 0 or not -math.inf < float(logits.max()) < math.inf:
+        raise FlashHeadError("logits: wanted one that is finite, and none that is NaN or +inf")
+    if not 0 < temperature < math.inf:
+        raise FlashHeadError(f"temperature={temperature}: wanted above 0")
+    if rows is not None:
+        _check_rows(rows)
+        if rows.shape != logits.shape:
+            raise FlashHeadError(f"rows is {len(rows)} rows: wanted {len(logits)}, one a logit")
+    if impl == "cpu":
+        from flashhead.ops.noise import cpu
+
+        return cpu.draw(logits, seed, steps, temperature, rows)
+    from flashhead.ops.noise import reference
+
+    return reference.draw(logits, seed, steps, temperature, rows)
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise FlashHeadError(f"rows is {rows.dtype} {list(rows.shape)}: wanted int64 [k]")
+    if rows.numel() > 0 and not 0 <= int(rows.min()) <= int(rows.max()) < 2**33:
+        raise FlashHeadError(f"rows from {int(rows.min())} to {int(rows.max())}: wanted 0 or more")
 
 
 def _check(seed: int, steps: Tensor) -> None:

@@ -4,6 +4,8 @@ The words of a strip go through the cache: one loop makes them, one turns them i
 call and no fused multiply-add, so that vector and scalar lanes have the bits of the reference.
 """
 
+import math
+
 import numba
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from flashhead.ops.noise import reference
 _STRIP = 2048
 """Rows whose words fit in the first-level cache (16 kB)."""
 _STRIPS_A_TASK = 4
+_DRAW_STRIP = 256
+"""Rows that are passed over together when none can win."""
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _M0, _M1 = (np.uint64(value) for value in reference.MULTIPLIERS)
 _K0, _K1 = (np.uint64(value) for value in reference.KEY_STEPS)
@@ -128,6 +132,69 @@ def _gumbel_at(key0, key1, step, rows, out):  # type: ignore[no-untyped-def]
             out[i] = _to_gumbel(w2 if odd else w0, w3 if odd else w1)
 
 
+@numba.njit(inline="always")
+def _out_of_reach(best, peak, temperature, words):  # type: ignore[no-untyped-def]
+    """Whether no row of a strip, none with a logit above `peak`, can be perturbed to `best`.
+
+    g < -ln(x) and x >= hi / 2^32, so a gap of T b nats needs hi < 2^32 exp(-b). The gap is first
+    made smaller by more than all roundings.
+    """
+    lowest = _U32(reference.MASK)
+    for i in range(words.shape[1]):
+        lowest = min(lowest, min(words[0, i], words[2, i]))
+    slack = 1e-5 * (abs(best) + abs(peak) + 50 * temperature)
+    return lowest > 2.0**32 * math.exp(-(best - peak - slack) / temperature)
+
+
+@numba.njit(inline="always")
+def _best(logits, noise, count, best, winner, first):  # type: ignore[no-untyped-def]
+    """Best of `best` and a strip of perturbed logits; among equals the lowest position."""
+    for i in range(count):
+        value = np.float32(logits[i] + noise[i])
+        if value > best or (value == best and first + i < winner):
+            best, winner = value, first + i
+    return best, winner
+
+
+@numba.njit(parallel=True, cache=True)
+def _draw(key0, key1, steps, temperature, logits, order, peaks, winners, values):  # type: ignore[no-untyped-def]
+    """Strips in descending order of their highest logit, most of them without a logarithm."""
+    for n in numba.prange(steps.shape[0]):
+        low, high = _U64(steps[n]) & _MASK, _U64(steps[n]) >> _SHIFT
+        words = np.empty((4, _DRAW_STRIP // 2), np.uint32)
+        noise = np.empty(_DRAW_STRIP, np.float32)
+        best, winner = np.float32(-np.inf), np.int64(-1)
+        for s in range(order.shape[0]):
+            first = order[s] * _DRAW_STRIP
+            count = min(logits.shape[0] - first, _DRAW_STRIP)
+            for i in range(_DRAW_STRIP // 2):
+                w0, w1, w2, w3 = _philox(_U64(first // 2 + i), low, high, key0, key1)
+                words[0, i], words[1, i], words[2, i], words[3, i] = w0, w1, w2, w3
+            if s > 0 and _out_of_reach(best, peaks[s], temperature, words):
+                continue
+            for i in range(_DRAW_STRIP // 2):
+                noise[2 * i] = temperature * _to_gumbel(words[0, i], words[1, i])
+                noise[2 * i + 1] = temperature * _to_gumbel(words[2, i], words[3, i])
+            best, winner = _best(logits[first:], noise, count, best, winner, first)
+        winners[n], values[n] = winner, best
+
+
+@numba.njit(parallel=True, cache=True)
+def _draw_at(key0, key1, steps, temperature, logits, rows, winners, values):  # type: ignore[no-untyped-def]
+    for n in numba.prange(steps.shape[0]):
+        low, high = _U64(steps[n]) & _MASK, _U64(steps[n]) >> _SHIFT
+        noise = np.empty(_DRAW_STRIP, np.float32)
+        best, winner = np.float32(-np.inf), np.int64(-1)
+        for first in range(0, rows.shape[0], _DRAW_STRIP):
+            count = min(rows.shape[0] - first, _DRAW_STRIP)
+            for i in range(count):
+                w0, w1, w2, w3 = _philox(_U64(rows[first + i] >> 1), low, high, key0, key1)
+                odd = rows[first + i] & 1 == 1
+                noise[i] = temperature * _to_gumbel(w2 if odd else w0, w3 if odd else w1)
+            best, winner = _best(logits[first:], noise, count, best, winner, first)
+        winners[n], values[n] = winner, best
+
+
 def _key(seed: int) -> tuple[np.uint64, np.uint64]:
     return np.uint64(seed & reference.MASK), np.uint64(seed >> 32)
 
@@ -150,3 +217,21 @@ def add_gumbel(estimates: Tensor, seed: int, steps: Tensor, temperatures: Tensor
     """Perturb in place: float32[n, V]."""
     _gumbel(*_key(seed), steps.numpy(), temperatures.numpy(), estimates.numpy())
     return estimates
+
+
+def draw(
+    logits: Tensor, seed: int, steps: Tensor, temperature: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Winning positions int64[n] and their perturbed logits float32[n]."""
+    winners = torch.empty(steps.shape[0], dtype=torch.int64)
+    values = torch.empty(steps.shape[0], dtype=torch.float32)
+    arguments = (*_key(seed), steps.numpy(), np.float32(temperature), logits.numpy())
+    if rows is not None:
+        _draw_at(*arguments, rows.numpy(), winners.numpy(), values.numpy())
+        return winners, values
+    padding = -logits.shape[0] % _DRAW_STRIP
+    padded = torch.nn.functional.pad(logits, (0, padding), value=-math.inf)
+    peaks, order = padded.view(-1, _DRAW_STRIP).amax(1).sort(descending=True)
+    order = order[: int((peaks > -math.inf).sum())]
+    _draw(*arguments, order.numpy(), peaks.numpy(), winners.numpy(), values.numpy())
+    return winners, values

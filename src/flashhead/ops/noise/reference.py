@@ -6,6 +6,8 @@ from torch import Tensor
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+DRAWN = 2**22
+"""Perturbed logits held at a time by `draw`."""
 MASK = 0xFFFFFFFF
 
 SQRT_HALF_BITS = 0x3F3504F3
@@ -96,3 +98,19 @@ def gumbel_at(seed: int, step: int, rows: Tensor) -> Tensor:
 def add_gumbel(estimates: Tensor, seed: int, steps: Tensor, temperatures: Tensor) -> Tensor:
     """Perturb in place: float32[n, V]."""
     return estimates.add_(temperatures[:, None] * gumbel(seed, steps, estimates.shape[1]))
+
+
+def draw(
+    logits: Tensor, seed: int, steps: Tensor, temperature: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Winning positions int64[n] and their perturbed logits float32[n]."""
+    rows = torch.arange(logits.shape[0]) if rows is None else rows
+    winners = torch.empty(steps.shape[0], dtype=torch.int64)
+    values = torch.empty(steps.shape[0])
+    scale = torch.tensor(temperature, dtype=torch.float32)
+    for start in range(0, steps.shape[0], max(1, DRAWN // logits.shape[0])):
+        part = slice(start, start + max(1, DRAWN // logits.shape[0]))
+        scores = logits + scale * _noise(seed, steps[part, None], rows[None])
+        values[part] = scores.max(1).values
+        winners[part] = (scores == values[part, None]).int().argmax(1)
+    return winners, values
