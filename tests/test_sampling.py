@@ -190,6 +190,25 @@ def test_what_is_decided_and_what_is_not() -> None:
     assert allowed(few, Sampling(temperature=1.0, top_p=0.9)) is None  # 40 % is unknown
 
 
+@pytest.mark.parametrize(("failure_probability", "z"), [(1e-3, 3.290527), (1e-6, 4.891638)])
+@pytest.mark.parametrize("stderr", [1e-4, 2e-3])
+def test_the_interval_of_the_rest_is_z_standard_errors(
+    failure_probability: float, z: float, stderr: float
+) -> None:
+    """Catches half an interval, or a one-sided one: 1 % inside of it is undecided, outside is."""
+    logits = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    part = Candidates(torch.arange(4), logits, 1.0, 0.0, stderr)
+    mass = logits.double().exp()
+    edge = float(mass[:2].sum() / (mass.sum() + 1.0))
+    for width, wanted in ((0.99, None), (1.01, 2)):
+        for share, more in (
+            (edge / (1 + width * z * stderr), 0),
+            (edge / (1 - width * z * stderr), 1),
+        ):
+            got = allowed(part, Sampling(temperature=1.0, top_p=share), failure_probability)
+            assert (None if got is None else len(got.rows) - more) == wanted
+
+
 PENALTIES = st.builds(
     Sampling,
     repetition_penalty=st.sampled_from([0.5, 1.0, 1.1, 1.3]),
