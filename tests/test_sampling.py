@@ -197,9 +197,9 @@ def test_the_interval_of_the_rest_is_z_standard_errors(
 ) -> None:
     """Catches half an interval, or a one-sided one: 1 % inside of it is undecided, outside is."""
     logits = torch.tensor([5.0, 4.0, 3.0, 2.0])
-    part = Candidates(torch.arange(4), logits, 1.0, 0.0, stderr)
+    part = Candidates(torch.arange(4), logits, 1.0, math.log(9.0), stderr)
     mass = logits.double().exp()
-    edge = float(mass[:2].sum() / (mass.sum() + 1.0))
+    edge = float(mass[:2].sum() / (mass.sum() + 9.0))
     for width, wanted in ((0.99, None), (1.01, 2)):
         for share, more in (
             (edge / (1 + width * z * stderr), 0),
