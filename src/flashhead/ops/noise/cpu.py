@@ -183,6 +183,7 @@ def _draw(key0, key1, steps, temperature, logits, order, peaks, winners, values)
 def _draw_at(key0, key1, steps, temperature, logits, rows, winners, values):  # type: ignore[no-untyped-def]
     for n in numba.prange(steps.shape[0]):
         low, high = _U64(steps[n]) & _MASK, _U64(steps[n]) >> _SHIFT
+        words = np.empty((2, _DRAW_STRIP), np.uint32)
         noise = np.empty(_DRAW_STRIP, np.float32)
         best, winner = np.float32(-np.inf), np.int64(-1)
         for first in range(0, rows.shape[0], _DRAW_STRIP):
@@ -190,7 +191,9 @@ def _draw_at(key0, key1, steps, temperature, logits, rows, winners, values):  # 
             for i in range(count):
                 w0, w1, w2, w3 = _philox(_U64(rows[first + i] >> 1), low, high, key0, key1)
                 odd = rows[first + i] & 1 == 1
-                noise[i] = temperature * _to_gumbel(w2 if odd else w0, w3 if odd else w1)
+                words[0, i], words[1, i] = w2 if odd else w0, w3 if odd else w1
+            for i in range(count):
+                noise[i] = temperature * _to_gumbel(words[0, i], words[1, i])
             best, winner = _best(logits[first:], noise, count, best, winner, first)
         winners[n], values[n] = winner, best
 
