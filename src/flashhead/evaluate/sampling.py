@@ -239,10 +239,8 @@ def _top_p_row(counts: list[Tensor], truths: list[Tensor], sampling: Sampling) -
 
 def format_table(document: dict[str, Any]) -> str:
     """The tests for people; `document` is what `evaluate_sampling` returned."""
-    title = (
-        f"{document['model']}: {document['draws']:,} draws from {document['states']} states each"
-    )
-    lines = [f"{title}, against float32"]
+    counts = f"{document['draws']:,} draws a test, {document['states']} hidden states"
+    lines = [f"{document['model']}: {counts}, against float32"]
     for row in document["temperatures"]:
         verdict = "REJECTED" if row["rejected"] else "fits"
         lines.append(
