@@ -20,6 +20,7 @@ COMMANDS = (
     ("inspect",),
     ("eval",),
     ("eval", "head"),
+    ("eval", "sampling"),
     ("bench",),
     ("bench", "head"),
     ("bench", "decode"),
@@ -61,6 +62,8 @@ MISTAKES = {
     ("convert", "gemma-3-270m"): "OUT",
     ("convert", "gemma-3-270m", "."): ". exists: nothing is written over",
     ("eval", "head", "--model", "gemma-3-270m", "--data", "no.txt"): "'no.txt': no such file",
+    ("eval", "sampling", "--temperatures", "0.5,0"): "argument --temperatures: '0': wanted above 0",
+    ("eval", "sampling", "--top-p", "1"): "argument --top-p: '1': wanted above 0 and below 1",
     ("bench", "head", "--model", "gemma-3-270m", "--batches", "1,0"): "argument --batches",
 }
 

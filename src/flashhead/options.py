@@ -1,6 +1,8 @@
-"""Options of the two indexes, one frozen dataclass each, passed along unchanged."""
+"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flashhead.errors import FlashHeadError
@@ -78,6 +80,65 @@ class ClustersOptions:
         _require_calibration(self.calibration_tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits, in the order in which transformers does it.
+
+    Penalties change raw logits, then come temperature, top_k, top_p, min_p and typical_p, each on
+    what the one before it left. `nn/sampling.py` says what is exact, certified or estimated.
+
+    Args:
+        temperature: logits are divided by it; 0: greedy, and the filters below are of no effect.
+        top_k: keep the k best (and what ties with the last of them); None: all.
+        top_p: keep the fewest best tokens whose probabilities sum to this; None or 1: all.
+        min_p: keep tokens at least this times as probable as the best; None or 0: all.
+        typical_p: keep the tokens whose -log p is closest to the entropy, until their probabilities
+            sum to this; None or 1: all.
+        repetition_penalty: positive logits of tokens seen (prompt and text) are divided by it,
+            negative ones multiplied; 1: none.
+        frequency_penalty: subtracted from a logit once per occurrence in the text generated.
+        presence_penalty: subtracted once from logits of tokens that occur in the text generated.
+        seed: of the noise, 0 to 2^64 - 1: equal seeds and steps give equal tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_real("temperature", self.temperature, lambda t: t >= 0, "0 (greedy) or more")
+        _require_integer("top_k", self.top_k, lambda k: k >= 1, "an integer, 1 or more, or None")
+        share = "above 0 and at most 1, or None"
+        _require_real("top_p", self.top_p, lambda p: 0 < p <= 1, share)
+        _require_real("min_p", self.min_p, lambda p: 0 <= p <= 1, "0 to 1, or None")
+        _require_real("typical_p", self.typical_p, lambda p: 0 < p <= 1, share)
+        for name in ("temperature", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+            _require(name, getattr(self, name), getattr(self, name) is not None, "a number")
+        _require_real("repetition_penalty", self.repetition_penalty, lambda r: r > 0, "above 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _require_real(name, getattr(self, name), lambda _: True, "a finite number")
+        _require("seed", self.seed, self.seed is not None, "an integer")
+        _require_integer("seed", self.seed, lambda s: 0 <= s < 2**64, "an integer, 0 to 2^64 - 1")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits of tokens seen change."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1, 0, 0)
+
+    @property
+    def filters(self) -> bool:
+        """Whether a filter may forbid tokens."""
+        shares = (self.top_p or 1) < 1 or (self.min_p or 0) > 0 or (self.typical_p or 1) < 1
+        return self.temperature > 0 and (self.top_k is not None or shares)
+
+
 def _require(name: str, value: object, holds: bool, wanted: str) -> None:
     if not holds:
         raise FlashHeadError(f"{name}={value!r}: wanted {wanted}")
@@ -86,6 +147,19 @@ def _require(name: str, value: object, holds: bool, wanted: str) -> None:
 def require_failure_probability(value: float) -> None:
     """Raise FlashHeadError unless it is a probability below one half."""
     _require("failure_probability", value, 0 <= value < 0.5, "0 or above, below 0.5")
+
+
+def _require_real(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    """A finite number for which `holds`, or None."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    known = value is None or (number and math.isfinite(value) and holds(value))
+    _require(name, value, known, wanted)
+
+
+def _require_integer(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    """An integer for which `holds`, or None."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    _require(name, value, value is None or (integer and holds(value)), wanted)
 
 
 def _require_calibration(tokens: int) -> None:

@@ -128,6 +128,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(integer(1)(part) for part in text.split(","))
 
 
+def reals(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], tuple[float, ...]]:
+    """Type of a list such as `0.5,1.0`, each number as `real` wants it."""
+    return lambda text: tuple(real(wanted, holds)(part) for part in text.split(","))
+
+
 def existing_file(text: str) -> Path:
     """Type of a file that is there."""
     if not Path(text).is_file():
