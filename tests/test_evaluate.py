@@ -119,7 +119,7 @@ def slow_distances(truth, other):
 
 def test_divergences_are_the_definitions(monkeypatch):
     """Catches a swapped KL direction, a missing half in TV, float32 sums, and lost row blocks."""
-    monkeypatch.setattr("flashhead.evaluate.metrics.METRIC_LOGITS", 3 * V)
+    monkeypatch.setattr("flashhead.evaluate.metrics.METRIC_LOGITS", {torch.float64: 3 * V})
     generator = torch.Generator().manual_seed(2)
     truth = torch.randn(8, V, generator=generator) * 4
     other = truth + torch.randn(8, V, generator=generator) * 0.3

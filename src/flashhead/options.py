@@ -44,7 +44,7 @@ class ClustersOptions:
     Args:
         cluster_size: tokens a cluster, the same for all (the last ones are padded).
         probes: clusters whose tokens are scored exactly.
-        centroid_dtype: "int8" (one scale a centroid) or "bf16".
+        centroid_dtype: "int8", "int4" (two a byte; one scale a centroid in both) or "bf16".
         iterations: k-means iterations.
         metric: "hidden" clusters in the metric of the hidden states, "spherical" as published.
         always: token ids that are scored whatever the probe says.
@@ -66,8 +66,8 @@ class ClustersOptions:
         _require("cluster_size", self.cluster_size, 1 <= self.cluster_size <= 4096, "1 to 4096")
         _require("probes", self.probes, self.probes >= 1, "1 or more")
         _require("iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
-        known = self.centroid_dtype in ("int8", "bf16")
-        _require("centroid_dtype", self.centroid_dtype, known, "'int8' or 'bf16'")
+        known = self.centroid_dtype in ("int8", "int4", "bf16")
+        _require("centroid_dtype", self.centroid_dtype, known, "'int8', 'int4' or 'bf16'")
         _require(
             "metric", self.metric, self.metric in ("hidden", "spherical"), "'hidden' or 'spherical'"
         )
