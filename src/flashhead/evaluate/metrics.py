@@ -107,7 +107,10 @@ def top_ties(logits: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Totals:
-    """Per-position figures of one method, a tensor a chunk; one never added is null in the row."""
+    """Per-position figures of one method, a tensor a chunk; one never added is null in the row.
+
+    `agree` (0, 1, or the probability of it) and `bytes_read` every method must have.
+    """
 
     parts: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
 
@@ -119,14 +122,14 @@ class Totals:
     def row(self, dense_bytes: int) -> dict[str, Any]:
         """Means, standard errors and percentiles: the method's row of the table."""
         figures = {name: torch.cat(chunks) for name, chunks in self.parts.items()}
-        agree, kl = figures["agree"], figures["kl"]
+        agree, kl = figures["agree"], figures.get("kl")
         row: dict[str, Any] = {
             "agreement": agree.mean().item(),
             "agreement_stderr": _stderr(agree),
-            "disagreements": int((agree == 0).sum()),
-            "kl": kl.mean().item(),
-            "kl_stderr": _stderr(kl),
-            "tv": figures["tv"].mean().item(),
+            "disagreements": round((1 - agree).sum().item()),
+            "kl": None if kl is None else kl.mean().item(),
+            "kl_stderr": None if kl is None else _stderr(kl),
+            "tv": figures["tv"].mean().item() if "tv" in figures else None,
             "ties": figures["ties"].mean().item() if "ties" in figures else None,
             "bytes_fraction": figures["bytes_read"].mean().item() / dense_bytes,
         }
