@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from flashhead._version import __version__
-from flashhead.cli import bench_decode, bench_head, convert, demo, eval_head, generate, inspect
+from flashhead.cli import (
+    bench_decode,
+    bench_head,
+    convert,
+    demo,
+    eval_frontier,
+    eval_head,
+    generate,
+    inspect,
+)
 from flashhead.cli.arguments import Parser
 from flashhead.errors import FlashHeadError
 
@@ -41,6 +50,7 @@ def build_parser() -> Parser:
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
+    eval_frontier.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)

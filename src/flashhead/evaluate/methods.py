@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate.baselines import QuantizedHead, quantize_head, quantize_head_fp8
-from flashhead.evaluate.lowrank import low_rank_family
+from flashhead.evaluate.lowrank import hidden_second_moment, low_rank_family
 from flashhead.evaluate.measure import Chunk, Family, Figures, Head, dense_bytes
 from flashhead.evaluate.probed import clusters_codes_family, clusters_family
 from flashhead.evaluate.sampled import sampled_family
@@ -26,9 +26,9 @@ from flashhead.nn.head import FlashHead
 from flashhead.nn.output import HeadOutput
 from flashhead.options import CALIBRATED_METHODS, METHODS, ClustersOptions, CodesOptions
 
-KL_BUDGETS = (3e-2, 1e-2, 3e-3, 2e-4, 5e-5)
+KL_BUDGETS = (1e-2, 3e-3, 2e-4, 5e-5)
 """Beside the default's."""
-WIDTHS = (2.0, 3.0, 5.0)
+WIDTHS = (3.0, 5.0)
 """z, beside the default's."""
 
 
@@ -81,6 +81,11 @@ class _Indexes:
         self._head, self._calibration, self._progress = head, calibration, progress
         self._clusters: dict[str, dict[str, ClustersIndex]] = {}
         self._codes: CodesIndex | None = None
+
+    def states(self) -> Tensor:
+        """The calibration states."""
+        assert self._calibration is not None  # `families` refused a method that wants them
+        return self._calibration
 
     def clusters(self, metric: str) -> dict[str, ClustersIndex]:
         """One index for every centroid type, by that type."""
@@ -171,7 +176,11 @@ def _clusters_codes(head: SearchHead, indexes: _Indexes) -> Family:
 
 
 def _svd(head: SearchHead, _: _Indexes) -> Family:
-    return low_rank_family(head)
+    return low_rank_family("svd", head, torch.eye(head.weight.shape[1], dtype=torch.float64))
+
+
+def _svd_hidden(head: SearchHead, indexes: _Indexes) -> Family:
+    return low_rank_family("svd-hidden", head, hidden_second_moment(indexes.states()))
 
 
 def _codes(head: SearchHead, indexes: _Indexes) -> Family:
@@ -223,6 +232,7 @@ _MAKERS: dict[str, _Maker] = {
     "sampled": _sampled,
     "clusters-codes": _clusters_codes,
     "svd": _svd,
+    "svd-hidden": _svd_hidden,
     "bf16": _bf16,
     "int8": _quantized("int8", "int8", lambda head: quantize_head(head.weight, 8, bias=head.bias)),
     "fp8": _quantized("fp8", "fp8", lambda head: quantize_head_fp8(head.weight, head.bias)),

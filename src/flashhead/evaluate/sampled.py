@@ -35,7 +35,7 @@ from flashhead.evaluate.probed import PROBES, row_bytes
 from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.probe.api import probe
 
-DRAWS = 8
+DRAWS = 4
 LEAST_NOISE = 1e-30
 LEAST = 1e-300
 """Least probability that a cluster is drawn with: float64 would make it zero, and KL infinite."""
