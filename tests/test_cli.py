@@ -20,6 +20,7 @@ COMMANDS = (
     ("inspect",),
     ("eval",),
     ("eval", "head"),
+    ("eval", "frontier"),
     ("bench",),
     ("bench", "head"),
     ("bench", "decode"),
@@ -61,6 +62,15 @@ MISTAKES = {
     ("convert", "gemma-3-270m"): "OUT",
     ("convert", "gemma-3-270m", "."): ". exists: nothing is written over",
     ("eval", "head", "--model", "gemma-3-270m", "--data", "no.txt"): "'no.txt': no such file",
+    ("eval", "head", "--model", "gemma-3-270m", "--methods", "int8,int3"): (
+        "argument --methods: 'int3': wanted all, flashhead"
+    ),
+    ("eval", "frontier"): "--model is missing: wanted --model and --data, or --from JSON",
+    ("eval", "frontier", "--model", "gemma-3-270m"): "--data is missing",
+    ("eval", "frontier", "--from", "no.json"): "argument --from: 'no.json': no such file",
+    ("eval", "frontier", "--from", "README.md", "--model", "x"): "--model and --data are not",
+    ("eval", "frontier", "--from", "README.md"): "README.md: not JSON",
+    ("eval", "frontier", "--out-dir", "nowhere"): "argument --out-dir: 'nowhere': no such folder",
     ("bench", "head", "--model", "gemma-3-270m", "--batches", "1,0"): "argument --batches",
 }
 

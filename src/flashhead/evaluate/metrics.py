@@ -5,7 +5,7 @@ The specification is float64: softmax, sums and differences. A frontier of seven
 float32 over at most 512 neighbours and float64 above that, and log-sum-exps are float64. A
 probability is then off by a few parts in 10^7, so
 
-    |KL error| <= 1e-6 (1 + sum_v p_v |ln p_v - ln q_v|) nats
+    |KL error| <= 1e-6 (1 + sum_v p_v |difference of logits_v|) nats
 
 (roundings: one of the difference of logits, two of exp, one of the normaliser, nine of a sum of
 512; each 6e-8 at most and of either sign). `tests/test_frontier.py` holds it to that. What is

@@ -114,6 +114,11 @@ def _fill(figure: "Figure", document: dict[str, Any]) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows.values():
         series.setdefault(row["series"], []).append(row)
+    fewest = {
+        min((name for name in series if _base(name) == base), key=_exact_rows)
+        for base in _STYLES
+        if any(_base(name) == base and _exact_rows(name) for name in series)
+    }
     codes = [row for row in series.get("flashhead", []) if row["point"] == "codes"]
     if "codes" in series:
         series["codes"] = series["codes"] + codes  # the default lies on the curve of its budgets
@@ -129,7 +134,10 @@ def _fill(figure: "Figure", document: dict[str, Any]) -> None:
                 for row in sorted(series[name], key=lambda row: row["bytes_fraction"])
                 if axes is wrong or row["kl"] is not None
             ]
-            _draw(axes, name, points, least)
+            style = _style(name)
+            if name in fewest:
+                style = dataclasses.replace(style, filled=False)
+            _draw(axes, name, style, points, least)
             lowest = min([lowest, *(value for _, value in points)])
         axes.set_ylabel(label)
         axes.set_yscale("log")
@@ -144,12 +152,15 @@ def _fill(figure: "Figure", document: dict[str, Any]) -> None:
 
 
 def _draw(
-    axes: "Axes", name: str, points: list[tuple[dict[str, Any], float]], least: float
+    axes: "Axes",
+    name: str,
+    style: _Style,
+    points: list[tuple[dict[str, Any], float]],
+    least: float,
 ) -> None:
     """One series; values below `least` lie in the middle of the strip under it."""
     if not points:
         return
-    style = _style(name)
     xs = [row["bytes_fraction"] for row, _ in points]
     ys = [value if value >= least else least / 2 for _, value in points]
     star = name == "flashhead"
@@ -185,21 +196,30 @@ def _draw(
 
 def _style(name: str) -> _Style:
     """How a series is drawn; one unknown to this file is black under its own name."""
-    if name in _STYLES:
-        return _STYLES[name]
-    base, _, exact = name.partition("-k")
-    if base in _STYLES and exact.isdigit():
-        style = _STYLES[base]
-        label = f"{style.label}, best {int(exact):,} exact"
-        return dataclasses.replace(style, label=label)
-    return _Style(name, "black", "v")
+    if _base(name) not in _STYLES:
+        return _Style(name, "black", "v")
+    style = _STYLES[_base(name)]
+    exact = _exact_rows(name)
+    return (
+        dataclasses.replace(style, label=f"{style.label}, best {exact:,} exact") if exact else style
+    )
 
 
-def _order(name: str) -> tuple[int, str]:
+def _base(name: str) -> str:
+    """The series without its number of rows scored exactly."""
+    base, _, exact = name.rpartition("-k")
+    return base if exact.isdigit() else name
+
+
+def _exact_rows(name: str) -> int:
+    exact = name.removeprefix(_base(name)).removeprefix("-k")
+    return int(exact) if exact else 0
+
+
+def _order(name: str) -> tuple[int, int, str]:
     known = list(_STYLES)
-    base = name.partition("-k")[0]
-    place = known.index(base) if base in known else len(known)
-    return place, name.rjust(20)  # fewer exact rows first
+    base = _base(name)
+    return known.index(base) if base in known else len(known), _exact_rows(name), name
 
 
 def _floor(axes: "Axes", least: float, text: str) -> None:
