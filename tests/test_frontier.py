@@ -49,7 +49,7 @@ def case():
     weight, states = clustered_head(V, D, seed=3)
     states = states.bfloat16()
     bias = torch.linspace(-2, 2, V).bfloat16()
-    options = ClustersOptions(cluster_size=SIZE, iterations=2, always=(0, 7))
+    options = ClustersOptions(cluster_size=SIZE, iterations=2, always=(5, 7))
     clusters = build_clusters(weight, options, states[:300], bias=bias)
     plain = dataclasses.replace(
         clusters, always=clusters.always[:0], options=dataclasses.replace(options, always=())
@@ -177,6 +177,12 @@ def test_probes_of_a_sweep_are_a_head_of_that_many_probes(case, monkeypatch):
         assert torch.equal(figures["bytes_read"], wanted.bytes_read)
         assert_figures(case.chunk, logits, figures)
     assert torch.equal(rows["c-p64"][0], case.chunk.exact)
+    sweep = probed._Sweep(case.chunk, case.clusters, 64)
+    tokens, held = sweep.tokens(0, 64)  # a free place stays in its cluster
+    assert torch.equal(
+        case.clusters.cluster_of[tokens].long(), sweep.order.repeat_interleave(SIZE, 1)
+    )
+    assert (held.sum(1) == V).all()
     assert not rows["c-p1"][1]["agree"].all()  # or nothing above would be told apart
 
 
@@ -399,20 +405,26 @@ def test_codes_curve_is_heads_with_those_options(case, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "fp8", "int4", "int4-g128"])
-def test_dense_methods(case, monkeypatch, name):
-    """Catches two names for the same head, or figures of another head's logits."""
-    family = families(case.head, [name])[0]
-    logits, figures = measured(family, case.chunk, monkeypatch)[name]
-    assert_figures(case.chunk, logits, figures)
-    rows = V * D
+def test_dense_methods(monkeypatch, name):
+    """Catches two names for one head, a group that is not the name's, and figures of other
+    logits.
+    """
+    rows, d = 50, 200
+    weight, states = clustered_head(rows, d, states=6)
+    states, bias = states.bfloat16(), torch.linspace(-1, 1, rows).bfloat16()
+    head = FlashHead(make_linear(weight, bias), None)
+    exact = baselines.float32_logits(states, weight, bias)
+    chunk = Chunk(states, exact, Reference(exact, torch.float32), lambda x: x, 0)
+    logits, figures = measured(families(head, [name])[0], chunk, monkeypatch)[name]
+    assert_figures(chunk, logits, figures)
     wanted = {
-        "bf16": 2 * rows,
-        "int8": rows + 4 * V,
-        "fp8": rows + 4 * V,
-        "int4": rows // 2 + 2 * V,  # d = 24: one group a row
-        "int4-g128": rows // 2 + 2 * V,
+        "bf16": 2 * rows * d,
+        "int8": rows * (d + 4),
+        "fp8": rows * (d + 4),
+        "int4": rows * (d // 2 + 7 * 2),
+        "int4-g128": rows * (d // 2 + 2 * 2),
     }
-    assert (figures["bytes_read"] == wanted[name] + 2 * V).all()
+    assert (figures["bytes_read"] == wanted[name] + 2 * rows).all()
 
 
 def test_everything_on_one_text(tmp_path):
@@ -455,7 +467,7 @@ def test_mistakes_are_named(case):
         lambda: sampled.sampled_family(case.head, {"s": case.clusters}),
         lambda: probed.clusters_codes_family(case.head, case.clusters, case.codes, "reference"),
     ):
-        with pytest.raises(ValueError, match=r"always=\[0, 7\]"):
+        with pytest.raises(ValueError, match=r"always=\[5, 7\]"):
             build()
 
 

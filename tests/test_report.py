@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
+from flashhead.cli import main
 from flashhead.errors import FlashHeadError
 from flashhead.report import frontier
 
@@ -144,3 +145,38 @@ def test_other_documents_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(FlashHeadError, match=message):
         frontier.read_document(path)
+
+
+def test_frontier_command(tiny_folder, tmp_path, capsys):
+    """Catches a command whose document and plot part, paths of this machine in the document, a
+    method of the list that is not measured, or output that is no document.
+    """
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{3 + 7 * i % 500}" for i in range(400)))
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["eval", "frontier", "--model", tiny_folder, "--data", str(text), "--json"]
+    names = "flashhead,clusters-codes,svd-hidden,int8"
+    options = ["--positions", "20", "--out-dir", str(out), "--methods", names]
+    assert main([*command, *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    written = sorted(path.name for path in out.iterdir())
+    assert [name.rpartition(".")[2] for name in written] == ["json", "svg"]
+    document = json.loads((out / written[0]).read_text())
+    assert json.loads(captured.out) == document
+    assert set(document["ms_per_position"]) == {"truth", *names.split(",")}
+    assert (document["positions"], document["data"]) == (20, "words.txt")
+    assert "/" not in document["model"]
+    assert {"hardware", "versions", "git_sha", "argv"} <= document.keys()
+
+
+def test_missing_matplotlib_is_told_before_measuring(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Catches twenty minutes of measuring that end in an ImportError."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = tmp_path / "words.txt"
+    text.write_text("w3 w4")
+    status = main(["eval", "frontier", "--model", tiny_folder, "--data", str(text)])
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error == "flashhead: matplotlib is not installed: pip install 'flashhead[plots]'\n"
