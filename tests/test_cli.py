@@ -21,6 +21,7 @@ COMMANDS = (
     ("eval",),
     ("eval", "head"),
     ("eval", "sampling"),
+    ("eval", "frontier"),
     ("bench",),
     ("bench", "head"),
     ("bench", "decode"),
@@ -64,6 +65,15 @@ MISTAKES = {
     ("eval", "head", "--model", "gemma-3-270m", "--data", "no.txt"): "'no.txt': no such file",
     ("eval", "sampling", "--temperatures", "0.5,0"): "argument --temperatures: '0': wanted above 0",
     ("eval", "sampling", "--top-p", "1"): "argument --top-p: '1': wanted above 0 and below 1",
+    ("eval", "head", "--model", "gemma-3-270m", "--methods", "int8,int3"): (
+        "argument --methods: 'int3': wanted all, flashhead"
+    ),
+    ("eval", "frontier"): "--model is missing: wanted --model and --data, or --from JSON",
+    ("eval", "frontier", "--model", "gemma-3-270m"): "--data is missing",
+    ("eval", "frontier", "--from", "no.json"): "argument --from: 'no.json': no such file",
+    ("eval", "frontier", "--from", "README.md", "--model", "x"): "--model and --data are not",
+    ("eval", "frontier", "--from", "README.md"): "README.md: not JSON",
+    ("eval", "frontier", "--out-dir", "nowhere"): "argument --out-dir: 'nowhere': no such folder",
     ("bench", "head", "--model", "gemma-3-270m", "--batches", "1,0"): "argument --batches",
 }
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
-from flashhead.index.build_clusters import build_clusters
+from flashhead.index.build_clusters import build_clusters, fit_clusters, store_clusters
 from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.probe.api import candidate_rows, estimates, probe
+from flashhead.ops.probe.reference import unpack_int4
 from flashhead.options import ClustersOptions
 
 
@@ -69,7 +70,7 @@ def assert_partition(index: ClustersIndex, vocab: int, size: int) -> None:
     d=st.integers(1, 9),
     size=st.integers(1, 20),
     metric=st.sampled_from(["hidden", "spherical"]),
-    dtype=st.sampled_from(["int8", "bf16"]),
+    dtype=st.sampled_from(["int8", "int4", "bf16"]),
     seed=st.integers(0, 5),
     calibrated=st.booleans(),
 )
@@ -191,6 +192,40 @@ def test_score_is_the_log_sum_exp_of_the_cluster():
     # bf16 logits in the regression and bf16 centroids: two roundings of relative size 2^-9, with
     # room
     assert (logits - truth).abs().max() < 4 * 2**-9 * truth.abs().max()
+
+
+@pytest.mark.parametrize("d", [1, 7, 64])
+def test_int4_centroids_are_the_nearest(d):
+    """Halves of a byte swapped, an odd last dimension lost, or a scale of another centroid."""
+    weight, hidden = make_head(300, d)
+    options = ClustersOptions(cluster_size=8, iterations=2, centroid_dtype="int4")
+    fitted = fit_clusters(weight, options, hidden)
+    index = store_clusters(fitted, options)
+    assert index.centroids.nbytes == 38 * ((d + 1) // 2)
+    wanted = fitted.centroids - index.common
+    stands_for = unpack_int4(index.centroids, d) * index.centroid_scale[:, None]
+    clipped = wanted.clamp(
+        -8 * index.centroid_scale[:, None], 7 * index.centroid_scale[:, None]
+    )  # half a step from the nearest code, and float32 rounding of the quotient
+    slack = index.centroid_scale[:, None] * (0.5 + 1e-5)
+    assert ((stands_for - clipped).abs() <= slack).all()
+    plain = wanted.abs().amax(1, keepdim=True) / 7
+    rounded = (wanted / plain).round() * plain
+    errors = [(x - wanted).square().sum(1) for x in (stands_for, rounded)]
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+
+
+def test_one_fit_serves_every_dtype():
+    """An index stored from a shared fit that differs from the one built for that dtype."""
+    weight, hidden = make_head(300, 12)
+    options = ClustersOptions(cluster_size=8, iterations=2, centroid_dtype="bf16")
+    fitted = fit_clusters(weight, options, hidden)
+    for dtype in ("bf16", "int8", "int4"):
+        wanted = dataclasses.replace(options, centroid_dtype=dtype)
+        built, stored = build_clusters(weight, wanted, hidden), store_clusters(fitted, wanted)
+        assert stored.options == built.options
+        for name, tensor in built.tensors().items():
+            assert torch.equal(tensor, stored.tensors()[name]), (dtype, name)
 
 
 def test_bias_shifts_estimates():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate import baselines, evaluate_head, format_table
-from flashhead.evaluate import head as head_module
-from flashhead.evaluate.metrics import Reference
+from flashhead.evaluate import measure as measure_module
+from flashhead.evaluate.metrics import Reference, top_ties
 from flashhead.evaluate.text import read_documents, scored_positions, token_windows
 
 V, D, BOS = 131, 40, 1
@@ -119,7 +119,7 @@ def slow_distances(truth, other):
 
 def test_divergences_are_the_definitions(monkeypatch):
     """Catches a swapped KL direction, a missing half in TV, float32 sums, and lost row blocks."""
-    monkeypatch.setattr("flashhead.evaluate.metrics.METRIC_LOGITS", 3 * V)
+    monkeypatch.setattr("flashhead.evaluate.metrics.METRIC_LOGITS", {torch.float64: 3 * V})
     generator = torch.Generator().manual_seed(2)
     truth = torch.randn(8, V, generator=generator) * 4
     other = truth + torch.randn(8, V, generator=generator) * 0.3
@@ -207,10 +207,10 @@ def test_either_of_two_ties_agrees():
 def test_bf16_ties_are_counted():
     """Catches ties taken over all logits instead of the two best, or of float32 logits."""
     rows = torch.tensor([[5.0, 5.0, 1.0], [5.0, 4.0, 4.0], [1.0, 7.0, 7.0]])
-    assert head_module.top_ties(rows).tolist() == [True, False, True]
+    assert top_ties(rows).tolist() == [True, False, True]
     close = torch.tensor([[1.0, 1.001]])
-    assert head_module.top_ties(close.bfloat16()).item()
-    assert not head_module.top_ties(close).item()
+    assert top_ties(close.bfloat16()).item()
+    assert not top_ties(close).item()
 
 
 def test_soft_cap_is_applied_and_demanded(text_file):
@@ -239,7 +239,7 @@ def test_chunks_do_not_matter(text_file, monkeypatch):
     head = SearchedLinear(weight())
     head.changed = lambda logits: logits * 1.1
     whole = evaluate(head, text_file)
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 7 * V)
+    monkeypatch.setattr(measure_module, "CHUNK_LOGITS", 7 * V)
     chunked = evaluate(head, text_file)
     assert chunked["kl"] == pytest.approx(whole["kl"], rel=1e-9)
     assert chunked["agreement"] == whole["agreement"]

@@ -22,6 +22,9 @@ def make_case(
     hidden = torch.randn(n, d, generator=generator).bfloat16().float()
     if dtype == torch.int8:
         centroids = torch.randint(-127, 128, (clusters, d), generator=generator, dtype=torch.int8)
+    elif dtype == torch.uint8:
+        shape = (clusters, -(-d // 2))
+        centroids = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     else:
         centroids = torch.randn(clusters, d, generator=generator).bfloat16()
     scale, offset = (
@@ -32,15 +35,21 @@ def make_case(
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(
     ("n", "clusters", "d"), [(1, 64, 64), (3, 37, 33), (2, 1, 1), (4, 1000, 640), (1, 5, 7)]
 )
 def test_scores_against_float64(impl, dtype, n, clusters, d):
-    """A kernel that misreads int8 signs or bf16 bits, drops a tail, or mixes rows; aligned, odd and
-    real widths.
+    """A kernel that misreads int8 signs, bf16 bits or int4 halves, drops a tail, or mixes rows;
+    aligned, odd and real widths.
     """
     hidden, centroids, scale, offset, common = case = make_case(n, clusters, d, dtype)
+    if dtype == torch.uint8:
+        half = centroids.shape[1]
+        nibble = [
+            [int(row[k % half]) >> 4 * (k >= half) & 15 for k in range(d)] for row in centroids
+        ]
+        centroids = torch.tensor(nibble).view(clusters, d) - 8
     exact = (
         (hidden.double() @ centroids.double().T) * scale
         + offset

@@ -1,4 +1,6 @@
-"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged."""
+"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged; and
+the names of the methods that an evaluation compares.
+"""
 
 import dataclasses
 import math
@@ -6,6 +8,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flashhead.errors import FlashHeadError
+
+METHODS = (
+    *("flashhead", "codes", "clusters", "clusters-published", "sampled", "clusters-codes"),
+    *("svd", "svd-hidden", "bf16", "int8", "fp8", "int4", "int4-g128"),
+)
+"""What `flashhead eval` can measure, `evaluate.methods` builds it."""
+TABLE_METHODS = ("flashhead", "bf16", "int8", "int4")
+"""What `flashhead eval head` shows unless it is told otherwise."""
+CALIBRATED_METHODS = (
+    *("codes", "clusters", "clusters-published", "sampled", "clusters-codes", "svd-hidden"),
+)
+"""Those that need hidden states sampled from the model."""
 
 T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
@@ -49,7 +63,7 @@ class ClustersOptions:
     Args:
         cluster_size: tokens a cluster, the same for all (the last ones are padded).
         probes: clusters whose tokens are scored exactly.
-        centroid_dtype: "int8" (one scale a centroid) or "bf16".
+        centroid_dtype: "int8", "int4" (two a byte; one scale a centroid in both) or "bf16".
         iterations: k-means iterations.
         metric: "hidden" clusters in the metric of the hidden states, "spherical" as published.
         always: token ids that are scored whatever the probe says.
@@ -71,8 +85,8 @@ class ClustersOptions:
         _require("cluster_size", self.cluster_size, 1 <= self.cluster_size <= 4096, "1 to 4096")
         _require("probes", self.probes, self.probes >= 1, "1 or more")
         _require("iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
-        known = self.centroid_dtype in ("int8", "bf16")
-        _require("centroid_dtype", self.centroid_dtype, known, "'int8' or 'bf16'")
+        known = self.centroid_dtype in ("int8", "int4", "bf16")
+        _require("centroid_dtype", self.centroid_dtype, known, "'int8', 'int4' or 'bf16'")
         _require(
             "metric", self.metric, self.metric in ("hidden", "spherical"), "'hidden' or 'spherical'"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashhead.errors import FlashHeadError
-from flashhead.options import ClustersOptions, CodesOptions, make_options
+from flashhead.options import METHODS, ClustersOptions, CodesOptions, make_options
 
 HEADS = ("codes", "clusters")
 OPTIONS: dict[str, Any] = {"codes": CodesOptions, "clusters": ClustersOptions}
@@ -133,6 +133,16 @@ def reals(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], tuple[
     return lambda text: tuple(real(wanted, holds)(part) for part in text.split(","))
 
 
+def method_names(text: str) -> tuple[str, ...]:
+    """Type of a list of methods, such as `flashhead,int8`, or `all`."""
+    names = METHODS if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in METHODS:
+            wanted = ", ".join(("all", *METHODS))
+            raise argparse.ArgumentTypeError(f"{name!r}: wanted {wanted}, with commas")
+    return tuple(dict.fromkeys(names))
+
+
 def existing_file(text: str) -> Path:
     """Type of a file that is there."""
     if not Path(text).is_file():
@@ -146,3 +156,10 @@ def new_file(text: str) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: wanted a file in a folder that exists")
     return path
+
+
+def existing_folder(text: str) -> Path:
+    """Type of a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: no such folder")
+    return Path(text)

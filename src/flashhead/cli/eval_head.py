@@ -11,8 +11,10 @@ from flashhead.cli.arguments import (
     command,
     existing_file,
     integer,
+    method_names,
     new_file,
 )
+from flashhead.options import CALIBRATED_METHODS, METHODS, TABLE_METHODS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,6 +31,13 @@ def add_parser(subparsers: Any) -> None:
         "--positions", type=integer(1), default=4096, metavar="N", help="default: 4096"
     )
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the windows")
+    parser.add_argument(
+        "--methods",
+        type=method_names,
+        default=TABLE_METHODS,
+        metavar="A,B",
+        help=f"of {','.join(METHODS)}, or all (default: {','.join(TABLE_METHODS)})",
+    )
     parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
@@ -40,11 +49,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flashhead.evaluate.head import evaluate_head, format_table
     from flashhead.integrations.transformers import logit_postprocess
 
+    wants_calibration = set(args.methods) & set(CALIBRATED_METHODS)
     document = evaluate_head(
         model,
         tokenizer,
         args.data,
         args.positions,
+        methods=args.methods,
+        calibration=session.calibration_states(model) if wants_calibration else None,
         seed=args.seed,
         postprocess=logit_postprocess(model.config),
     )

@@ -22,6 +22,7 @@ from flashhead.cli import (
     bench_head,
     convert,
     demo,
+    eval_frontier,
     eval_head,
     eval_sampling,
     generate,
@@ -51,6 +52,7 @@ def build_parser() -> Parser:
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
     eval_sampling.add_parser(evaluations)
+    eval_frontier.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)

@@ -8,6 +8,7 @@ from typing import Any
 from flashhead.cli.arguments import index_options
 from flashhead.errors import FlashHeadError
 from flashhead.models import known_names, resolve
+from flashhead.options import CodesOptions
 
 HUB_SECONDS = 10.0
 
@@ -34,6 +35,29 @@ def load_model(args: argparse.Namespace, head: str | None) -> tuple[Any, Any]:
 
     tokenizer = transformers.load_tokenizer(source)
     return transformers.load(source, head, **options), tokenizer
+
+
+def calibration_states(model: Any) -> Any:
+    """Hidden states that the model samples, as many as an index is built from: `[n, d]`."""
+    from flashhead.integrations.calibration import sample_hidden_states
+
+    options = CodesOptions()
+    return sample_hidden_states(model, options.calibration_tokens, options.seed, progress=True)
+
+
+def load_calibrated(model: str) -> tuple[Any, Any, Any]:
+    """Model with a codes index of the default options, its tokenizer, and the hidden states that
+    the index was built from: other indexes can be built from the same.
+    """
+    source = open_source(model)
+    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    from flashhead.integrations import transformers
+
+    tokenizer = transformers.load_tokenizer(source)
+    loaded = transformers.load_dense(source)
+    hidden = calibration_states(loaded)
+    transformers.attach(loaded, "codes", hidden=hidden)
+    return loaded, tokenizer, hidden
 
 
 def counted(head: Any) -> dict[str, float]:

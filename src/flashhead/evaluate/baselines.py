@@ -1,10 +1,11 @@
 """The heads FlashHead is measured against: float32 truth, and weight-only quantised heads.
 
 `float32_logits` is the truth: float32 logits of the same bf16 weights. The quantised heads are
-plain rounding to nearest of symmetric integers with one scale a group of `group` consecutive
-weights of a row,
+plain rounding to nearest with one scale a group of `group` consecutive weights of a row, to
+symmetric integers or to float8_e4m3fn (4 exponent and 3 mantissa bits, largest value 448):
 
-    w ~ scale * code,  scale = max|w| / (2^(bits-1) - 1),  code in [-2^(bits-1), 2^(bits-1) - 1],
+    int: w ~ scale * code,  scale = max|w| / (2^(bits-1) - 1),  -2^(bits-1) <= code < 2^(bits-1)
+    fp8: w ~ scale * code,  scale = max|w| / 448,               code the nearest float8
 
 multiplied with the unrounded hidden state in float32: what a weight-only kernel computes without
 its own bf16 rounding of the result, so the baselines are shown at their best. Everything runs in
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from flashhead.errors import FlashHeadError
 
-BLOCK_WEIGHTS = 2**24
-"""Weights converted to float32 at a time (64 MB)."""
+BLOCK_WEIGHTS = 2**22
+"""Weights converted to float32 at a time (16 MB; blocks of 64 MB take a third longer)."""
+FP8_MAX = 448.0
+"""Largest float8_e4m3fn."""
 
 
 def row_blocks(vocab_size: int, hidden_size: int) -> Iterator[slice]:
@@ -51,10 +54,11 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedHead:
-    """A head rounded to symmetric integers.
+    """A head rounded to few bits.
 
     Args:
-        codes: `int8[V, d]`, whatever the bits: this is for accuracy, not for speed.
+        codes: `int8[V, d]` whatever the bits, or `bfloat16[V, d]` that holds float8 values (all of
+            them exactly; torch widens bf16 three times as fast): for accuracy, not for speed.
         scales: `float32/bf16[V, groups]`.
         bits: bits a weight that a packed head would store.
         group: weights a scale; the last group of a row may be shorter.
@@ -84,16 +88,20 @@ class QuantizedHead:
         states = hidden.float()
         logits = torch.empty(states.shape[0], vocab_size, dtype=torch.float32)
         for block in row_blocks(vocab_size, d):
-            logits[:, block] = (
-                states @ dequantized(self.codes[block], self.scales[block], self.group).T
-            )
+            codes, scales = self.codes[block].float(), self.scales[block].float()
+            if scales.shape[1] == 1:  # n scaled logits a row are fewer than d scaled weights
+                logits[:, block] = (states @ codes.T).mul_(scales[:, 0])
+            else:
+                logits[:, block] = states @ _scaled(codes, scales, self.group).T
         return logits if self.bias is None else logits.add_(self.bias.float())
 
 
-def dequantized(codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Rows that the codes stand for: float32[rows, d]."""
-    d = codes.shape[1]
-    return codes.float() * scales.float().repeat_interleave(group, dim=1)[:, :d]
+def _scaled(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Rows that the codes stand for: float32[rows, d]; may write over `codes`."""
+    rows, d = codes.shape
+    if d % group:
+        return codes * scales.repeat_interleave(group, dim=1)[:, :d]
+    return codes.view(rows, -1, group).mul_(scales[:, :, None]).view(rows, d)
 
 
 def quantize_head(
@@ -130,3 +138,23 @@ def quantize_head(
         rounded = (grouped / torch.where(step > 0, step, 1.0)).round().clamp(-top - 1, top)
         codes[block] = rounded.view(-1, groups * width)[:, :d].to(torch.int8)
     return QuantizedHead(codes, scales, bits, width, bias)
+
+
+def quantize_head_fp8(weight: Tensor, bias: Tensor | None = None) -> QuantizedHead:
+    """Round a head to float8_e4m3fn with one float32 scale a row.
+
+    Args:
+        weight: `bf16/f32[V, d]`.
+        bias: `bf16/f32[V]` or None, kept as it is.
+    """
+    weight = weight.detach()
+    vocab_size, d = weight.shape
+    codes = torch.empty(vocab_size, d, dtype=torch.bfloat16)
+    scales = torch.empty(vocab_size, 1)
+    for block in row_blocks(vocab_size, d):
+        rows = weight[block].float()
+        step = rows.abs().amax(1, keepdim=True) / FP8_MAX
+        scales[block] = step
+        unit = (rows / torch.where(step > 0, step, 1.0)).clamp_(-FP8_MAX, FP8_MAX)
+        codes[block] = unit.to(torch.float8_e4m3fn).bfloat16()
+    return QuantizedHead(codes, scales, 8, d, bias)

@@ -21,12 +21,37 @@ from flashhead.index.kmeans import (
 )
 from flashhead.options import ClustersOptions
 
+INT4_CUTS = (1.0, 0.85, 0.7, 0.6)
+"""Shares of a centroid's range that its int4 codes may span."""
 SHRINKAGE = 0.3
 """Share of the mean variance added in every direction: rare tokens live where calibration text
 does not."""
 RIDGE = 1.0
 """Ridge of the centroid regression, as a share of the calibration states' mean variance. 0.1 fits
 text like the calibration's better and other text worse."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedClusters:
+    """Clusters and their scores before the centroids are rounded; see ClustersIndex.
+
+    Args:
+        centroids: `float32[C, d]`.
+        offset: `float32[C]`, added to a cluster's score.
+        estimate_scale: `float32[C]`.
+        estimate_offset: `float32[C]`.
+        members: `int64[C, size]`.
+        cluster_of: `int64[V]`.
+        calibration_tokens: hidden states that shaped them.
+    """
+
+    centroids: Tensor
+    offset: Tensor
+    estimate_scale: Tensor
+    estimate_offset: Tensor
+    members: Tensor
+    cluster_of: Tensor
+    calibration_tokens: int
 
 
 def build_clusters(
@@ -36,7 +61,7 @@ def build_clusters(
     progress: bool = False,
     bias: Tensor | None = None,
 ) -> ClustersIndex:
-    """Build the clusters index of a head.
+    """Build the clusters index of a head; equals `store_clusters(fit_clusters(...), options)`.
 
     Args:
         weight: floating `[V, d]`, the rows of the head.
@@ -51,9 +76,23 @@ def build_clusters(
         FlashHeadError: `weight` or `bias` is no finite tensor of these shapes, `hidden` does not
             fit, or `options.always` names a token beyond V.
     """
+    return store_clusters(fit_clusters(weight, options, hidden, progress, bias), options)
+
+
+def fit_clusters(
+    weight: Tensor,
+    options: ClustersOptions,
+    hidden: Tensor | None = None,
+    progress: bool = False,
+    bias: Tensor | None = None,
+) -> FittedClusters:
+    """Cluster the rows and fit the scores: the slow part, the same for every `centroid_dtype`.
+
+    Arguments and errors are those of `build_clusters`.
+    """
     weight, mean = _checked_weight(weight, bias)
     rows = weight.shape[0]
-    always = torch.tensor(always_scored(options, rows), dtype=torch.int32)
+    always_scored(options, rows)  # a mistake is told before the slow part
     if options.metric == "spherical" or hidden is None or hidden.shape[0] == 0:
         states = None
     else:
@@ -66,9 +105,23 @@ def build_clusters(
         cluster_of = balanced_kmeans(features, options, bar.update)
         members = cluster_members(cluster_of, options.cluster_size)
         del features
-        fitted = _fit(weight, bias, members, states, options.metric, bar.update)
+        scores = _fit(weight, bias, members, states, options.metric, bar.update)
+    return FittedClusters(*scores, members, cluster_of, 0 if states is None else len(states))
+
+
+def store_clusters(fitted: FittedClusters, options: ClustersOptions) -> ClustersIndex:
+    """Round the centroids to `options.centroid_dtype` and lay out the index.
+
+    Args:
+        fitted: of `fit_clusters` with these options, but for `centroid_dtype`, `probes`, `always`.
+        options: as the index will name them.
+
+    Raises:
+        FlashHeadError: `options.always` names a token beyond V.
+    """
     common = fitted.centroids.mean(0)
     centroids, scale = _stored(fitted.centroids - common, options.centroid_dtype)
+    always = always_scored(options, len(fitted.cluster_of))
     return ClustersIndex(
         centroids=centroids,
         centroid_scale=scale,
@@ -76,22 +129,12 @@ def build_clusters(
         common=common,
         estimate_scale=fitted.estimate_scale,
         estimate_offset=fitted.estimate_offset,
-        members=members.int(),
-        cluster_of=cluster_of.int(),
-        always=always,
+        members=fitted.members.int(),
+        cluster_of=fitted.cluster_of.int(),
+        always=torch.tensor(always, dtype=torch.int32),
         options=options,
-        calibration_tokens=0 if states is None else len(states),
+        calibration_tokens=fitted.calibration_tokens,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fitted:
-    """Scores of clusters, before storing; see ClustersIndex."""
-
-    centroids: Tensor  # float32[C, d]
-    offset: Tensor  # float32[C]
-    estimate_scale: Tensor  # float32[C]
-    estimate_offset: Tensor  # float32[C]
 
 
 def _checked_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -139,8 +182,8 @@ def _fit(
     states: Tensor | None,
     metric: str,
     advance: Advance,
-) -> _Fitted:
-    """Centroids, offsets and estimates of clusters."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centroids `float32[C, d]`, offsets, estimate scales and estimate offsets `float32[C]`."""
     means = mean_rows(weight, members)
     ones, zeros = torch.ones(len(members)), torch.zeros(len(members))
     level = zeros
@@ -149,9 +192,9 @@ def _fit(
     if metric == "spherical":
         norms = means.norm(dim=1)
         directions = means / torch.where(norms > 0, norms, ones)[:, None]
-        return _Fitted(directions, zeros, norms, level)
+        return directions, zeros, norms, level
     if states is None:
-        return _Fitted(means, level, ones, zeros)
+        return means, level, ones, zeros
     centre = states.mean(0)
     centred = (states - centre).double()
     n, d = centred.shape
@@ -172,7 +215,7 @@ def _fit(
         start += len(block)
         advance(int((block >= 0).sum()))
     counts = (members >= 0).sum(1)
-    return _Fitted(torch.cat(centroids), torch.cat(offsets), ones, -counts.log())
+    return torch.cat(centroids), torch.cat(offsets), ones, -counts.log()
 
 
 def _log_sum_exp(states: Tensor, weight: Tensor, bias: Tensor | None, members: Tensor) -> Tensor:
@@ -192,6 +235,32 @@ def _stored(centroids: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Centroids as they are stored, and their scales float32[C]."""
     if dtype == "bf16":
         return centroids.bfloat16(), torch.ones(len(centroids))
+    if dtype == "int4":
+        return _packed_int4(centroids)
     scale = centroids.abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (centroids / scale[:, None]).round().to(torch.int8), scale
+
+
+def _packed_int4(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed int4 centroids `uint8[C, ceil(d/2)]` and their scales float32[C].
+
+    With one scale for a whole centroid the largest coordinate would waste most of the 15 levels, so
+    every centroid takes the cut of its range that errs least.
+    """
+    peak = centroids.abs().amax(1)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    scales = peak / 7 * torch.tensor(INT4_CUTS)[:, None]  # [cuts, C]
+    codes = [(centroids / scale[:, None]).round().clamp(-8, 7) for scale in scales]
+    errors = torch.stack(
+        [
+            (code * scale[:, None] - centroids).square().sum(1)
+            for code, scale in zip(codes, scales, strict=True)
+        ]
+    )
+    best = errors.argmin(0)
+    each = torch.arange(len(centroids))
+    chosen = torch.stack(codes)[best, each].to(torch.int8) + 8
+    padded = torch.nn.functional.pad(chosen, (0, chosen.shape[1] % 2)).to(torch.uint8)
+    low, high = padded.chunk(2, 1)
+    return low | high << 4, scales[best, each]

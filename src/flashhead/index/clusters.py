@@ -14,10 +14,12 @@ the model's own hidden states show:
    of the calibration states. The score minus log(tokens of the cluster) is then the estimate of
    every token that is not probed: it keeps the cluster's mass.
 
-Layout. Centroids are stored without their mean, `common` (int8: one scale a centroid), so
+Layout. Centroids are stored without their mean, `common` (integers: one scale a centroid), so
     score_j = h.common + scale_j * (h.centroids_j) + offset_j
     logit of an unprobed token of cluster j ~ score_j * estimate_scale_j + estimate_offset_j.
-V need not divide by the size: free places of `members` are -1, after the tokens of their row.
+int4 centroids are two a byte: byte k holds dimension k in its low half and dimension ceil(d/2) + k
+in its high half, each plus 8, so that a kernel walks the hidden state in two straight lines. V need
+not divide by the size: free places of `members` are -1, after the tokens of their row.
 """
 
 import dataclasses
@@ -30,13 +32,17 @@ from flashhead.errors import FlashHeadError
 from flashhead.index.checks import REMEDY, check_tensor, metadata_int
 from flashhead.options import ClustersOptions, make_options
 
+CENTROID_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "bf16": torch.bfloat16}
+"""How `options.centroid_dtype` is stored."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClustersIndex:
     """Clusters index of V rows of d dimensions in C clusters.
 
     Args:
-        centroids: `int8[C, d]` or `bfloat16[C, d]`, less `common`, in units of `centroid_scale`.
+        centroids: `int8[C, d]`, `bfloat16[C, d]` or packed int4 `uint8[C, ceil(d/2)]`, less
+            `common`, in units of `centroid_scale`.
         centroid_scale: `float32[C]`.
         centroid_offset: `float32[C]`, added to a cluster's score.
         common: `float32[d]`, what all centroids share.
@@ -129,9 +135,10 @@ class ClustersIndex:
         options = make_options(ClustersOptions, saved)
         size = options.cluster_size
         count = -(-rows // size)
-        dtype = torch.int8 if options.centroid_dtype == "int8" else torch.bfloat16
+        dtype = CENTROID_DTYPES[options.centroid_dtype]
+        width = -(-d // 2) if dtype == torch.uint8 else d
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "centroids": (dtype, (count, d)),
+            "centroids": (dtype, (count, width)),
             "centroid_scale": (torch.float32, (count,)),
             "centroid_offset": (torch.float32, (count,)),
             "common": (torch.float32, (d,)),

@@ -37,7 +37,8 @@ def probe(
 
     Args:
         hidden: `float32[n, d]` or `bfloat16[n, d]`.
-        centroids: `int8[C, d]` or `bfloat16[C, d]`.
+        centroids: `int8[C, d]`, `bfloat16[C, d]`, or int4 packed as in `index.clusters`,
+            `uint8[C, ceil(d/2)]`.
         centroid_scale: `float32[C]`.
         centroid_offset: `float32[C]`.
         common: `float32[d]`.
@@ -105,10 +106,15 @@ def estimates(
 def _check(
     hidden: Tensor, centroids: Tensor, scale: Tensor, offset: Tensor, common: Tensor
 ) -> None:
-    if centroids.dim() != 2 or centroids.dtype not in (torch.int8, torch.bfloat16):
-        got = f"{centroids.dtype}{list(centroids.shape)}"
-        raise FlashHeadError(f"centroids are {got}, wanted int8 or bfloat16 [C, d]")
-    count, d = centroids.shape
+    d = common.numel()
+    width = -(-d // 2) if centroids.dtype == torch.uint8 else d
+    known = centroids.dtype in (torch.int8, torch.bfloat16, torch.uint8)
+    if not known or centroids.dim() != 2 or centroids.shape[1] != width:
+        got = f"{centroids.dtype}{list(centroids.shape)}, common has {d} dimensions"
+        raise FlashHeadError(
+            f"centroids are {got}: wanted int8 or bfloat16 [C, d], or uint8 [C, ceil(d/2)]"
+        )
+    count = len(centroids)
     if hidden.dim() != 2 or hidden.shape[1] != d or not hidden.is_floating_point():
         got = f"{hidden.dtype}{list(hidden.shape)}"
         raise FlashHeadError(f"hidden is {got}, wanted floating [n, {d}]")

@@ -8,7 +8,15 @@ def cluster_scores(
     hidden: Tensor, centroids: Tensor, scale: Tensor, offset: Tensor, common: Tensor
 ) -> Tensor:
     """h.common + scale_j * (h.centroids_j) + offset_j: float32[n, C] of hidden float32[n, d]."""
+    if centroids.dtype == torch.uint8:
+        centroids = unpack_int4(centroids, hidden.shape[1])
     return (hidden @ centroids.float().T) * scale + offset + (hidden @ common)[:, None]
+
+
+def unpack_int4(packed: Tensor, d: int) -> Tensor:
+    """Packed int4 `uint8[C, ceil(d/2)]` to `int8[C, d]` (layout: `index.clusters`)."""
+    halves = torch.cat([packed & 15, packed >> 4], 1)[:, :d]
+    return halves.to(torch.int8) - 8
 
 
 def candidate_rows(members: Tensor, clusters: Tensor, always: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Plots, drawn only from the JSON documents that `flashhead eval` and `flashhead bench` write."""
