@@ -23,14 +23,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read headers and print the ledger."""
-    from flashhead.cli import ledger, session
-    from flashhead.cli.index_bytes import describe_index
+    from flashhead.cli import session
+    from flashhead.ledger.files import read_model
+    from flashhead.ledger.index import describe_index
+    from flashhead.ledger.tokens import token_bytes
 
     source = session.open_source(args.model)
-    config, tensors = ledger.read_model(source)
-    book = ledger.token_bytes(config, tensors, args.context)
+    config, tensors = read_model(source)
+    book = token_bytes(config, tensors, args.context)
     index = describe_index(Path(source), config, book)
-    saved = book.head_bytes - index["bytes_per_query"]
     parts = {"head": book.head_bytes, "kv": book.kv_bytes, "body": book.body_bytes}
     document = {
         "model": args.model,
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_token": {**parts, "total": book.total_bytes},
         "share": {name: part / book.total_bytes for name, part in parts.items()},
         "index": index,
-        "speedup_bound": book.total_bytes / (book.total_bytes - saved),
+        "speedup_bound": book.speedup_bound(index["bytes_fraction"]),
     }
     _print(document)
     return document
