@@ -108,6 +108,7 @@ def test_figures_are_the_definitions(head, monkeypatch):
             assert found.winner_mean.value == pytest.approx(x[rows].mean().item(), abs=1e-4)
             wanted = x[rows].square().mean().sqrt().item()
             assert found.winner_rms.value == pytest.approx(wanted, rel=1e-4)
+            assert found.winner_outside == (x[rows].abs() > 4).sum()
             assert found.needed_z[1] == pytest.approx(needed.max().item(), rel=1e-4)
             assert found.needed_z[0] == pytest.approx(needed.quantile(0.99).item(), rel=1e-4)
 

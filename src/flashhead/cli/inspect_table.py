@@ -48,21 +48,23 @@ def _print_errors(errors: dict[str, Any]) -> None:
         f"\nerror model: (estimate - float32 logit) / sigma, {errors['positions']:,} positions x "
         f"{errors['rows']:,} rows; wanted std {low} to {high}\n"
         f"{'':<10}{'mean':>17}{'std':>17}{'beyond 3':>19}{'beyond 4':>19}"
-        f"{'winner mean, rms':>19}{'needed z p99, max':>20}"
+        f"{'winner mean, rms, out':>23}{'needed z p99, max':>20}"
     )
     gaussian = errors["gaussian_beyond"]
+    outside = errors["positions"] * math.erfc(errors["z"] / math.sqrt(2))
     print(
         f"{'Gaussian':<10}{'0':>17}{'1':>17}{gaussian['3']:>19.2e}{gaussian['4']:>19.2e}"
-        f"{'0, 1':>19}{'at most ' + format(errors['z'], 'g'):>20}"
+        f"{'0, 1, ' + format(outside, '.2f'):>23}{'at most ' + format(errors['z'], 'g'):>20}"
     )
     for name in ("base", "refined"):
         stage = errors[name]
         mean, std = (_with_error(stage[key], ".4f") for key in ("mean", "std"))
         tails = [_with_error(stage["beyond"][key], ".1e") for key in ("3", "4")]
         winner = f"{stage['winner_mean']['value']:.2f}, {stage['winner_rms']['value']:.2f}"
+        winner += f", {stage['winner_outside']:,}"
         needed = f"{stage['needed_z']['p99']:.2f}, {stage['needed_z']['max']:.2f}"
         print(
-            f"{name:<10}{mean:>17}{std:>17}{tails[0]:>19}{tails[1]:>19}{winner:>19}{needed:>20}"
+            f"{name:<10}{mean:>17}{std:>17}{tails[0]:>19}{tails[1]:>19}{winner:>23}{needed:>20}"
             + ("  sigma larger than need be" if stage["too_large"] else "")
         )
 

@@ -8,8 +8,9 @@ Checked on the standardised errors of all rows,
 A standard normal x has mean 0, std 1, and lies beyond 3 and 4 with probability 2.7e-3 and 6.3e-5.
 
 The row w that wins is not any row: it points where the query points, and what a quantiser cuts off
-a row points there too. Its x is therefore negative on average, on real models by 0.3 to 2, and is
-shown apart. What the candidate rule allows for is a distance between two rows,
+a row points there too. Its x is therefore negative on average, on real models by 0.3 to 2, and lies
+outside z more often than any row's: it is shown apart. What the candidate rule allows for is a
+distance between two rows, which is twice as wide,
 
     needed z = max_u (estimate_u - estimate_w) / (sigma_u + sigma_w)
 
@@ -55,6 +56,7 @@ class StageErrors:
         beyond: share of |x| above 3 and above 4, in the order of `DEVIATIONS`.
         winner_mean: mean of x at the row with the largest float32 logit.
         winner_rms: root mean square of x there.
+        winner_outside: positions whose winner has |x| above the z of the index.
         needed_z: 99th percentile and maximum, over positions, of the z that keeps the winner.
         lost: positions that need more than the z of the index.
     """
@@ -64,6 +66,7 @@ class StageErrors:
     beyond: tuple[Figure, ...]
     winner_mean: Figure
     winner_rms: Figure
+    winner_outside: int
     needed_z: tuple[float, float]
     lost: int
 
@@ -240,6 +243,7 @@ class _StageTotals:
             tuple(share.figure() for share in self._beyond),
             Figure(float(winner.mean()), float(winner.std()) / math.sqrt(n)),
             Figure(rms, _root_stderr(float(square.std()) / math.sqrt(n), rms)),
+            int((winner.abs() > z).sum()),
             (float(needed.quantile(0.99)), float(needed.max())),
             int((needed > z).sum()),
         )

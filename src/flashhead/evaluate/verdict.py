@@ -89,8 +89,8 @@ def _runs(crossover_rows: int) -> str:
     if crossover_rows == 0:
         return _dense_runs(0)
     return (
-        f"Converted, it searches batches of up to {crossover_rows} rows here, whose tokens are the "
-        "float32 winners, and takes the dense product beyond: in result never worse than dense."
+        f"Converted, it searches batches of up to {crossover_rows} rows here, scoring what can win "
+        "in float32, and takes the dense product beyond: in result never worse than dense."
     )
 
 
