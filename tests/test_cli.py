@@ -248,26 +248,6 @@ def test_inspect_counts_bytes_from_headers(tmp_path, tied):
     assert sum(document["share"].values()) == pytest.approx(1)
 
 
-def test_inspect_sliding_window_and_experts(tmp_path):
-    """A cache that grows beyond its window; experts that are not read."""
-    from flashhead.cli.ledger import TensorInfo, token_bytes
-
-    config = {
-        "vocab_size": 10,
-        "hidden_size": 4,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 1,
-        "sliding_window": 5,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "layer_types": ["sliding_attention", "full_attention", "linear_attention"],
-    }
-    tensors = {"head": TensorInfo((10, 4), 80.0), "a.experts.0.w": TensorInfo((4, 4), 32.0)}
-    book = token_bytes(config, tensors, context=100)
-    assert book.kv_bytes == (5 + 100) * 2 * 4 * 2
-    assert book.body_bytes == 32 / 4 + 8
-
-
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -317,20 +297,6 @@ def test_inspect_gguf(tmp_path):
     done = flashhead("inspect", str(tmp_path / "b.gguf"))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "not a GGUF file" in done.stderr
-
-
-@pytest.mark.parametrize(("rows", "dims", "bits"), [(1000, 64, 1.5), (33, 17, 0.25), (512, 96, 4)])
-def test_index_bytes_formula(rows, dims, bits):
-    """`inspect` promising other bytes than the index that convert then writes."""
-    import torch
-
-    from flashhead.cli.index_bytes import codes_bytes
-    from flashhead.index.build_codes import build_codes
-    from flashhead.options import CodesOptions
-
-    options = CodesOptions(bits=bits)
-    index = build_codes(torch.randn(rows, dims), options)
-    assert codes_bytes(rows, dims, bits) == index.scan_bytes
 
 
 def last_document(done: subprocess.CompletedProcess[str]) -> dict:

@@ -1,13 +1,16 @@
 """`flashhead inspect`: where a token's bytes go, and what FlashHead saves of them.
 
-Only headers are read, no weights.
+Only headers are read, no weights, unless `--head` asks whether the vocabulary suits.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from flashhead.cli.arguments import MODEL_HELP, Parser, command, integer
+from flashhead.cli.arguments import MODEL_HELP, Parser, command, existing_file, integer
+from flashhead.errors import FlashHeadError
+
+POSITIONS = 1024
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,18 +22,42 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--context", type=integer(1), default=2048, metavar="N", help="tokens (default: 2048)"
     )
+    parser.add_argument(
+        "--head",
+        action="store_true",
+        help="load the model, index its head in memory, and say whether it suits",
+    )
+    parser.add_argument(
+        "--data",
+        type=existing_file,
+        metavar="FILE",
+        help="with --head: judge by this text (.txt or .jsonl), not by the samples",
+    )
+    parser.add_argument(
+        "--positions",
+        type=integer(2),
+        metavar="N",
+        help=f"with --data: how much of it (default: {POSITIONS})",
+    )
+    parser.add_argument(
+        "--clusters",
+        action="store_true",
+        help="with --head: also how many probes a clusters index needs",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Read headers and print the ledger."""
-    from flashhead.cli import ledger, session
-    from flashhead.cli.index_bytes import describe_index
+    """Read headers and print the ledger; with `--head` measure the head too."""
+    _require_together(args)
+    from flashhead.cli import session
+    from flashhead.ledger.files import read_model
+    from flashhead.ledger.index import describe_index
+    from flashhead.ledger.tokens import token_bytes
 
     source = session.open_source(args.model)
-    config, tensors = ledger.read_model(source)
-    book = ledger.token_bytes(config, tensors, args.context)
+    config, tensors = read_model(source)
+    book = token_bytes(config, tensors, args.context)
     index = describe_index(Path(source), config, book)
-    saved = book.head_bytes - index["bytes_per_query"]
     parts = {"head": book.head_bytes, "kv": book.kv_bytes, "body": book.body_bytes}
     document = {
         "model": args.model,
@@ -41,10 +68,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_token": {**parts, "total": book.total_bytes},
         "share": {name: part / book.total_bytes for name, part in parts.items()},
         "index": index,
-        "speedup_bound": book.total_bytes / (book.total_bytes - saved),
+        "speedup_bound": book.speedup_bound(index["bytes_fraction"]),
     }
     _print(document)
+    if args.head:
+        from flashhead.cli.inspect_head import report
+
+        args.positions = args.positions or POSITIONS
+        document["head"] = report(args, source, config, book)
     return document
+
+
+def _require_together(args: argparse.Namespace) -> None:
+    """Refuse options that would be ignored."""
+    for name, needs in (("data", "head"), ("clusters", "head"), ("positions", "data")):
+        if getattr(args, name) and not getattr(args, needs):
+            raise FlashHeadError(f"--{name} without --{needs}: wanted both")
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flashhead.cli.ledger import Ledger, TensorInfo, read_safetensors
 from flashhead.errors import FlashHeadError
+from flashhead.ledger.files import TensorInfo, read_safetensors
+from flashhead.ledger.tokens import Ledger
 
 INDEX_FILE = "flashhead.safetensors"
 USUAL_BITS = 1.5
