@@ -473,6 +473,99 @@ class CudaHead:
         self.module.launch("fused_kernel", self.sms, self.config["NW"] * 32, self.shared["fused"], [b], COOPERATIVE)
 
 
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class TritonHead:
+    """The same for one query in Triton."""
+
+    def __init__(self, index: Index, tables: dict[str, Tensor], weight: Tensor, *, z: float = 4.0, blocks: int = 8, words: int = 8, warps: int = 8, programs: int = 2, stats: bool = False, logits: bool = False, fast: bool = True) -> None:
+        dev = index.base.device
+        self.index, self.tables, self.weight, self.z, self.fast, self.logits = index, tables, weight, z, fast, logits
+        self.B, self.blocks, self.words, self.warps = 1, blocks, words, warps
+        self.sms = torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == "cuda" else 4
+        self.programs = self.sms * programs
+        self.units = power_of_two(-(-index.words // 32))
+        self.mean_error = float(index.error[0, : index.V].float().mean())
+        empty = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype, device=dev)  # noqa: E731
+        self.share = power_of_two(-(-index.nblk // self.sms) * 16)
+        self.space = {
+            "coded": empty(1, index.d), "energy": empty(index.groups), "along_shift": empty(2), "count": empty(1, dtype=torch.int32),
+            "planes": empty(self.units * 128, dtype=torch.int32), "steps": empty(self.units), "params": empty(5),
+            "upper": empty(1, index.nblk * 16), "lists": empty(self.sms * self.share, dtype=torch.int32),
+            "best": torch.full((1,), -0x7FFFFFFFFFFFFFFF, dtype=torch.int64, device=dev), "done": empty(1, dtype=torch.int32),
+            "top": torch.full((1,), -0x7FFFFFFF, dtype=torch.int32, device=dev),
+            "token": empty(1, dtype=torch.int64), "logit": empty(1),
+        }  # fmt: skip
+        self.stats = empty(1, 2, dtype=torch.int32)
+        self.count = stats
+        self.base = index.base.view(torch.int32)
+
+    def bind(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def query(self, hidden: Tensor, pdl: bool = False) -> None:
+        import gpu_kernels_triton as kernels
+
+        s, index, t = self.space, self.index, self.tables
+        kernels.query_kernel[(index.groups + 1,)](
+            index.transform, index.exact, hidden, t["word_group"], t["word_gain"], t["share_base"], s["coded"], s["energy"], s["along_shift"],
+            s["count"], s["planes"], s["steps"], s["params"], self.z**2, d=index.d, GROUPS=index.groups, GP=power_of_two(index.groups),
+            WORDS=index.words, UP=self.units, BD=min(1024, power_of_two(index.d)), PDL=pdl, num_warps=8,
+        )  # fmt: skip
+
+    def scan(self, hidden: Tensor, pdl: bool = True) -> None:
+        import gpu_kernels_triton as kernels
+
+        s, index = self.space, self.index
+        kernels.scan_kernel[(self.programs,)](
+            self.base, index.scale, index.error, index.direction, hidden, self.weight, s["planes"], s["steps"], s["params"],
+            s["upper"], s["best"], s["top"], index.V, index.nblk, self.mean_error, d=index.d, WORDS=index.words, UP=self.units,
+            NB=self.blocks, WC=self.words, BD=min(1024, power_of_two(index.d)), FAST=self.fast, PDL=pdl, LOGITS=self.logits,
+            num_warps=self.warps, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+
+    def select(self, hidden: Tensor, pdl: bool = True) -> None:
+        import gpu_kernels_triton as kernels
+
+        s, index = self.space, self.index
+        kernels.select_kernel[(self.sms,)](
+            s["upper"], hidden, self.weight, s["lists"], s["best"], s["top"], s["done"], s["token"], s["logit"], self.stats, index.V,
+            d=index.d, SHARE=self.share, ROWS=8, BD=min(1024, power_of_two(index.d)), PDL=pdl, STATS=self.count, num_warps=8,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+
+    def three(self, hidden: Tensor, pdl: bool = True) -> None:
+        self.query(hidden, pdl)
+        self.scan(hidden, pdl)
+        self.select(hidden, pdl)
+
+    def verify(self, hidden: Tensor, truth: Tensor) -> dict[str, Any]:
+        """Scan and token against eager torch; raises if one differs."""
+        index = self.index
+        cuda = index.base.device.type == "cuda"
+        self.space["upper"].fill_(float("nan"))
+        self.query(hidden)
+        self.scan(hidden, pdl=False)
+        coded = self.space["coded"].clone()
+        wanted = hidden.double() @ index.transform.double().T
+        require(float((coded.double() - wanted).norm() / wanted.norm()) < 1e-5, "transform differs")
+        query = reference_query(index, self.tables, coded, 4)
+        estimates, width = reference_scan(index, self.tables, query, hidden, coded, self.z)
+        gap = float((self.space["upper"][:, : index.V].double() - estimates - (0 if self.logits else width)).abs().max())
+        require(gap < 2e-3, f"bounds differ by {gap}")
+        for _ in range(2):
+            self.space["best"].fill_(-0x7FFFFFFFFFFFFFFF)
+            self.space["top"].fill_(-0x7FFFFFFF)
+            self.stats.zero_()
+            self.three(hidden, pdl=cuda)
+        best = truth.max(1)
+        require(bool((self.space["token"] == best.indices).all()), f"token {self.space['token'].tolist()} {best.indices.tolist()}")
+        require(bool(((self.space["logit"].double() - best.values).abs() < 1e-2).all()), "exact logit differs")
+        return {"block_gap": gap, "mean_survivors": float(self.stats[0, 0])}
+
+
 def interleave(index: Index) -> Tensor:
     """`base` with scale, error (bf16) and direction (float32) of its 16 rows behind every block."""
     n = index.nblk
@@ -694,6 +787,22 @@ def measure(shape: str, bits: float, batches: list[int], variants: list[dict[str
             except RuntimeError as error:
                 log(f"{shape} {bits} B={B} {label}: {error}")
                 checks[label] = {"failed": str(error)}
+        for v in TRITON if B == 1 else []:
+            label = v["name"]
+            try:
+                triton_heads = [TritonHead(copy, tables, weight, **v["head"]) for copy in copies]
+                checks[label] = TritonHead(index, tables, weight, stats=True, **v["head"]).verify(states[0], truth)
+                bound_heads = [(triton_heads[i % 4], states[i]) for i in range(CALLS)]
+                graphs[label] = graph_of([lambda h=h, x=x: h.three(x) for h, x in bound_heads])
+                graphs[f"{label} without overlap"] = graph_of([lambda h=h, x=x: h.three(x, False) for h, x in bound_heads])
+                graphs[f"{label} scan alone"] = graph_of([lambda h=h, x=x: h.scan(x, False) for h, x in bound_heads])
+                graphs[f"{label} query alone"] = graph_of([lambda h=h, x=x: h.query(x) for h, x in bound_heads])
+                if v is TRITON[0]:
+                    python[f"{label} three launches"] = python_cost(lambda i, b=bound_heads: b[i % CALLS][0].three(b[i % CALLS][1]))
+                holders.append((triton_heads, bound_heads))
+            except Exception as error:  # noqa: BLE001
+                log(f"{shape} {bits} {label}: {type(error).__name__} {error}")
+                checks[label] = {"failed": str(error)}
         timing = times(graphs, repeats)
         document["batches"][B] = {"times": timing, "checks": checks, "python": python}
         log(f"-- {shape} bits {bits} batch {B}; scan floor {document['scan_bytes'] / 3.02e6:.1f} us, transform {document['transform_bytes'] / 3.02e6:.1f} us")
@@ -704,6 +813,14 @@ def measure(shape: str, bits: float, batches: list[int], variants: list[dict[str
             log(f"   python {name:37s} host {t['host_us']:.1f} row {t['row_us']:.1f} alone {t['alone_us']:.1f}")
         del graphs
     return document
+
+
+TRITON: list[dict[str, Any]] = [
+    {"name": f"triton {blocks} blocks {words} words {warps} warps x{programs}", "head": {"blocks": blocks, "words": words, "warps": warps, "programs": programs}}
+    for blocks, words, warps, programs in (
+        (4, 8, 4, 4), (4, 8, 4, 8), (8, 8, 4, 4), (16, 8, 8, 2), (4, 16, 4, 4), (2, 32, 4, 8), (4, 32, 4, 4), (2, 16, 2, 8), (2, 8, 2, 16), (1, 32, 2, 16), (4, 32, 8, 4), (2, 32, 8, 8),
+    )
+]  # fmt: skip
 
 
 def variants_of(which: str) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 Certificate. What is random is the rotation inside each segment of the index, drawn once when it is
 built, independently of head and hidden states; for a given row it makes the direction of the coding
-error uniform in the complement of the row. A search compares every row left out with E, the exact logit
-of a row it has scored: at each stage a row is left out if s_v + z sigma_v < E.
+error uniform in the complement of the row. A search compares every row left out with E, the exact
+logit of a row it has scored: at each stage a row is left out if s_v + z sigma_v < E.
 
 Let u be the winner, the row of the largest float32 logit: a fixed row, whatever the rotation. The
 answer is wrong only if u itself was left out, so that s_u + z sigma_u < E <= l_u: its error must

@@ -4,6 +4,7 @@ The idea, the formula and the layout are in `codes`, the choice of bits in `choo
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -78,14 +79,15 @@ def build_codes_expecting(
             ]
         parts.append(_encode(coordinates[:, -1], values, quantizers))
     assert quantizers is not None
+    segments = _segments(widths, quantizers, parts)
     index = CodesIndex(
         base=_blocked(torch.cat([part.base for part in parts])),
-        refine=torch.cat([part.refine for part in parts], 1),
+        refine=torch.cat([_with_factors(part, segments) for part in parts], 1),
         scale=torch.cat([part.scale for part in parts], 1),
         direction=torch.cat([part.direction for part in parts]),
         exact=exact,
         transform=transform,
-        segments=_segments(widths, quantizers, parts),
+        segments=segments,
         options=options,
         calibration_tokens=moments.tokens,
     )
@@ -186,6 +188,23 @@ def _blocked(words: Tensor) -> Tensor:
     blocks = -(-rows // BLOCK_ROWS)
     padded = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, blocks * BLOCK_ROWS - rows))
     return padded.view(blocks, BLOCK_ROWS, count, 4).transpose(1, 2).contiguous()
+
+
+def _with_factors(part: _Coded, segments: tuple[Segment, ...]) -> Tensor:
+    """Planes of a chunk with each row's error factor as a last word.
+
+    The factor will multiply the variance from the query's rounding too, so that is taken into
+    account: its step is about sqrt(2 ln n_g) / 127 root mean squares of h_g.
+    """
+    wanted = torch.tensor([segment.error[1:] for segment in segments])  # [segments, planes]
+    rounding = torch.tensor([2 * math.log(s.dims) / 127**2 / 12 * s.energy for s in segments])
+    squares = part.scale.float().square()
+    actual = (part.errors[:, 1:].nan_to_num(0) * squares[:, None]).sum(0)  # [planes, n]
+    own = rounding @ squares
+    modelled = wanted.T @ squares + own
+    factor = torch.where(modelled > 0, (actual + own) / modelled, 1.0)
+    words = factor.contiguous().view(torch.uint8).view(*factor.shape, 1, 4)
+    return torch.cat([part.refine, words], 2)
 
 
 def _segments(

@@ -136,7 +136,7 @@ def _expect(
     base_bits = allocate(variances, bits)
     widths = sorted(set(base_bits))
     scanned = rows * (UNIT // 8 * sum(base_bits) + 2 * len(widths) + 4) + 2 * len(variances) * d
-    plane_bytes = sum(-(-base_bits.count(b) * UNIT // 64) * 16 for b in widths)
+    plane_bytes = 4 + sum(-(-base_bits.count(b) * UNIT // 64) * 16 for b in widths)
     z, budget = z_score(options.failure_probability or 1e-6, planes + 1), options.kl_budget
     assert budget is not None
     counts, certified = [], []

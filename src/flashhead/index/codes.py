@@ -32,7 +32,9 @@ Layout. A word is 4 bytes. Of a 1-bit segment it holds 32 dimensions, dimension 
 byte j; of a 2-bit field 16 dimensions, dimension 4k+j in bits 2k, 2k+1 of byte j, so that
 `(word >> k * width) & mask` are four codes that one dot-product instruction takes. A 4-bit segment
 is two runs of 2-bit words, high bits first. `base` is blocked by 16 rows for the scan, `refine` is
-row by row for the gather, each segment padded to 4 words.
+row by row for the gather, each segment padded to 4 words; the last word of a row is a float32, its
+variance at this plane over what `Segment.error` says. Few coordinates, those beyond the range of
+the quantiser, make up most of it there, so it does differ between rows.
 """
 
 import dataclasses
@@ -93,7 +95,8 @@ class CodesIndex:
 
     Args:
         base: `uint8[ceil(V/16), words, 16, 4]`, the codes scanned by every query.
-        refine: `uint8[planes, V, refine_words, 4]`, 2 more bits of every dimension a plane.
+        refine: `uint8[planes, V, refine_words + 1, 4]`, 2 more bits of every dimension a plane, and
+            the row's error factor.
         scale: `bfloat16[segments, V]`, scale of a row's segment.
         direction: `float32[V]`, coefficient of a row along the exact direction.
         exact: `float32[2, d]`: the functional whose value multiplies `direction`, and the mean row.
@@ -128,6 +131,11 @@ class CodesIndex:
     def planes(self) -> int:
         """Planes of `refine`."""
         return int(self.refine.shape[0])
+
+    @property
+    def factor(self) -> Tensor:
+        """Error factors of rows at each plane, a view of `refine`: float32[planes, V]."""
+        return self.refine.view(torch.float32)[:, :, -1, 0]
 
     @property
     def scan_bytes(self) -> int:
@@ -179,7 +187,7 @@ class CodesIndex:
         refine_words = sum(segment.refine_words for segment in segments)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "base": (torch.uint8, (-(-rows // BLOCK_ROWS), words, BLOCK_ROWS, 4)),
-            "refine": (torch.uint8, (planes, rows, refine_words, 4)),
+            "refine": (torch.uint8, (planes, rows, refine_words + 1, 4)),
             "scale": (torch.bfloat16, (len(segments), rows)),
             "direction": (torch.float32, (rows,)),
             "exact": (torch.float32, (2, d)),
@@ -189,6 +197,9 @@ class CodesIndex:
         for name, tensor in checked.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise FlashHeadError(f"index tensor {name!r} holds NaN or infinity: {REMEDY}")
+        factor = checked["refine"].view(torch.float32)[:, :, -1, 0]
+        if not (torch.isfinite(factor).all() and (factor >= 0).all()):
+            raise FlashHeadError(f"index tensor 'refine' holds wrong error factors: {REMEDY}")
         options = make_options(CodesOptions, dict(metadata.get("options") or {}))
         tokens = metadata_int(metadata, "calibration_tokens", 0)
         return cls(**checked, segments=segments, options=options, calibration_tokens=tokens)

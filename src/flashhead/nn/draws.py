@@ -83,7 +83,10 @@ def _bounds(head: "FlashHead", hidden: Tensor, failure_probability: float) -> Te
     rows = torch.arange(index.vocab_size)
     for plane in range(1, plan.stages):
         estimates = refine(query, 0, index, plan, plane, rows, estimates, impl=head.impl)
-    spread = query.spread[0, -1].double() @ index.scale.double().square() + query.floor[0]
+    spread = query.spread[0, -1].double() @ index.scale.double().square()
+    if failure_probability > 0:
+        spread *= index.factor[-1].double()
+    spread += query.floor[0]
     if failure_probability > 0:  # one comparison a draw, not one a stage
         spread *= (z_score(failure_probability, 1) / z_score(failure_probability, plan.stages)) ** 2
     return (estimates.double() + spread.sqrt()).float()

@@ -49,8 +49,9 @@ def bf16(bits):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def fast_exp(x):  # type: ignore[no-untyped-def]
-    """e^x for x <= 80, float32, relative error below 4e-6, in operations that LLVM vectorises; below
-    -85 it stays at e^-85.
+    """e^x for x <= 80 in float32, relative error below 4e-6, in operations that LLVM vectorises.
+
+    Below -85 it stays at e^-85.
     """
     scaled = max(x, np.float32(-85.0)) * np.float32(1.4426950408889634)
     whole = np.int32(scaled + np.float32(128)) - np.int32(128)  # truncated: the floor

@@ -6,9 +6,9 @@ For one hidden state, with score = logit + bias:
 2. Pilots: the row of the best estimate of each 1,024 rows; the 32 best of these are scored exactly.
    E is the best of their exact scores: the winner's is at least that.
 3. At each stage (the base, then each plane) a row goes on if it can still win,
-   s_v + spread_v >= E - margin, or if the distribution needs it: what the rows left cost stays within the
-   share of the KL budget that is due (`index.bound`). Rows that go on read the next plane, and
-   after the last plane their bf16 row.
+   s_v + spread_v >= E - margin, or if the distribution needs it: what the rows left cost stays
+   within the share of the KL budget that is due (`index.bound`). Rows that go on read the next
+   plane, and after the last plane their bf16 row.
 4. The winner is the largest exact score, the lowest row of equal ones.
 
 Spread is z sigma (z from the failure probability) or the deterministic bound. Every row left out
@@ -19,10 +19,12 @@ dense product in float32 ("fallback").
 What a row costs. Left at an estimate with a Gaussian error, it keeps its mass p_v times exp of the
 error: the normaliser grows by p_v (exp(sigma^2/2) - 1) on average, to first order the KL in nats.
 p_v is exp(s_v) over a mass that is free of that growth: exp(s_v - sigma_v^2/2), and for the pilots,
-which are selected for their noise, their exact scores. The rule needs neither a sort nor a threshold guessed beforehand: rows fall into bins of
-1/16 nat below the best estimate, and whole bins are left, lowest first. In large vocabularies masses
-and costs at the base are sums over a sample: all blocks of 16 rows whose best row is within 8 nats
-of the best estimate, and every k-th of the others, counted k times.
+which are selected for their noise, their exact scores.
+
+The rule needs neither a sort nor a threshold guessed beforehand: rows fall into bins of 1/16 nat
+below the best estimate, and whole bins are left, lowest first. In large vocabularies masses and
+costs at the base are sums over a sample: all blocks of 16 rows whose best row is within 8 nats of
+the best estimate, and every k-th of the others, counted k times.
 """
 
 import dataclasses

@@ -116,11 +116,20 @@ def _pilots(peaks, best, rows):  # type: ignore[no-untyped-def]
 @numba.njit(inline="always")
 def _width(scales, coefficients, floor, row):  # type: ignore[no-untyped-def]
     """sum_g scale_g^2 coefficient_g + floor of one row."""
-    width = floor
+    width = np.float32(0)
     for g in range(coefficients.shape[0]):
         scale = simd.bf16(scales[g, row])
         width += scale * scale * coefficients[g]
-    return width
+    return width + floor
+
+
+@numba.njit(inline="always")
+def _refined(scales, factor, coefficients, floor, row):  # type: ignore[no-untyped-def]
+    """`_width` times a factor, before the floor; an empty factor is 1."""
+    width = _width(scales, coefficients, np.float32(0), row)
+    if factor.shape[0] > 0:
+        width *= factor[row]
+    return width + floor
 
 
 @numba.njit(inline="always")
@@ -281,21 +290,25 @@ def _compact(buffer, counts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
-def _list_losses(scales, scores, coefficients, floor, peak, rows, count, tasks):  # type: ignore[no-untyped-def]
+def _list_losses(scales, factor, scores, coefficients, floor, peak, rows, count, tasks):  # type: ignore[no-untyped-def]
     """Losses by bin of the listed rows: float64[BINS]."""
     bins = np.zeros((tasks, _BINS), np.float64)
     for t in numba.prange(tasks):
         for i in range(count * t // tasks, count * (t + 1) // tasks):
-            half = _width(scales, coefficients, floor, rows[i]) / 2
+            half = _refined(scales, factor, coefficients, floor, rows[i]) / 2
             bins[t, _bin(peak - scores[rows[i]])] += _loss(scores[rows[i]], half, peak)
     return bins.sum(0)
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
 def _keep(  # type: ignore[no-untyped-def]
-    scales, scores, coefficients, spread, floor, threshold, peak, cut, buffer, counts, total
-):
-    """As `_first_survivors`, of listed rows: task t keeps some of entries t * TASK_ROWS ..."""
+    scales, factor, fixed, scores, coefficients, spread, floor, threshold, peak, cut, buffer,
+    counts, total,
+):  # fmt: skip
+    """As `_first_survivors`, of listed rows: task t keeps some of entries t * TASK_ROWS ...
+
+    `factor` is that of the variance, `fixed` that of the spread: none for the deterministic bound.
+    """
     saved = np.zeros(counts.shape[0], np.float64)
     uppers = np.full(counts.shape[0], -np.inf, np.float32)
     for task in numba.prange(counts.shape[0]):
@@ -303,12 +316,12 @@ def _keep(  # type: ignore[no-untyped-def]
         for i in range(task * TASK_ROWS, min(total, (task + 1) * TASK_ROWS)):
             row = buffer[i]
             needed = _bin(peak - scores[row]) < cut
-            reach = scores[row] + np.sqrt(_width(scales, spread, floor, row))
+            reach = scores[row] + np.sqrt(_refined(scales, fixed, spread, floor, row))
             if needed or reach >= threshold:
                 buffer[task * TASK_ROWS + found] = row
                 found += 1
                 if not needed and cut > 0:
-                    half = _width(scales, coefficients, floor, row) / 2
+                    half = _refined(scales, factor, coefficients, floor, row) / 2
                     saved[task] += _loss(scores[row], half, peak)
             else:
                 bound = max(bound, reach)
@@ -350,6 +363,7 @@ def _narrow(  # type: ignore[no-untyped-def]
     q,
     pilots,
     exact,
+    deterministic,
     margin,
     budget,
     shares,
@@ -379,14 +393,17 @@ def _narrow(  # type: ignore[no-untyped-def]
         read[q, plane - 1] = count
         spent += max(0.0, left - saved)
         refine_kernel(index, plan, query, q, plane, buffer, count, scores, vnni)
-        variance = query.variance[q, plane]
+        variance, factor = query.variance[q, plane], index.factor[plane - 1]
+        fixed = factor[:0] if deterministic else factor
         if budget >= 0:
-            losses = _list_losses(scales, scores, variance, floor, peak, buffer, count, threads)
+            losses = _list_losses(
+                scales, factor, scores, variance, floor, peak, buffer, count, threads
+            )
             cut, left = _cut(losses, budget * shares[plane] * mass - spent)
         counts = np.empty((count + TASK_ROWS - 1) // TASK_ROWS, np.int64)
         saved, bound = _keep(
-            scales, scores, variance, query.spread[q, plane], floor, threshold, peak, cut, buffer,
-            counts, count,
+            scales, factor, fixed, scores, variance, query.spread[q, plane], floor, threshold, peak,
+            cut, buffer, counts, count,
         )  # fmt: skip
         count, upper = _compact(buffer, counts), max(upper, bound)
     return count, upper
@@ -418,8 +435,8 @@ def search(  # type: ignore[no-untyped-def]
         exact = scores[pilots[:head]].copy()
         scores[pilots[:head]] = kept
         count, uppers[q] = _narrow(
-            index, plan, query, scanned, q, pilots[:head], exact, margin, budget, shares, buffer,
-            read, threads, vnni,
+            index, plan, query, scanned, q, pilots[:head], exact, deterministic, margin, budget,
+            shares, buffer, read, threads, vnni,
         )  # fmt: skip
         if count > DENSE_SHARE * rows:
             dense[q], count, uppers[q] = True, rows, -np.inf
@@ -427,7 +444,7 @@ def search(  # type: ignore[no-untyped-def]
                 buffer[row] = row
         rescore_kernel(hidden[q], weight, added, buffer, count, scores)
         scores[pilots[:head]] = exact
-        count = _merge(buffer, count, pilots[:head], rows)
+        count = _merge(buffer, count, pilots[:head])
         read[q, stages - 1] = count
         winner = buffer[0]
         for i in range(count):
@@ -438,7 +455,7 @@ def search(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _merge(buffer, count, pilots, rows):  # type: ignore[no-untyped-def]
+def _merge(buffer, count, pilots):  # type: ignore[no-untyped-def]
     """Add the pilots that are not listed to an ascending list; returns the new length."""
     extra = np.sort(pilots)
     missing = 0

@@ -43,7 +43,15 @@ def cascade(
         rows = pilots(scores[n])
         exact = rescore.rescore(hidden[n], weight, added, rows)
         survivors, counts, upper = _narrow(
-            scores[n], query, n, index, plan, (rows, exact), kl_budget, margin
+            scores[n],
+            query,
+            n,
+            index,
+            plan,
+            (rows, exact),
+            kl_budget,
+            margin,
+            failure_probability == 0,
         )
         rows = torch.cat([survivors, rows]).unique()
         if len(rows) > DENSE_SHARE * index.vocab_size:
@@ -83,6 +91,7 @@ def _narrow(
     pilot: tuple[Tensor, Tensor],
     budget: float | None,
     margin: float,
+    deterministic: bool,
 ) -> tuple[Tensor, list[int], float]:
     """Rows to read exactly, how many read each plane, and the bound of all others; refined
     estimates go into `scores`.
@@ -90,7 +99,7 @@ def _narrow(
     `pilot` are their rows and exact scores.
     """
     rows, threshold, peak = torch.arange(index.vocab_size), pilot[1].max() - margin, scores.max()
-    variance = _squares(index, rows, query.variance[n, 0], query.floor[n])
+    variance = _squares(index, rows, 0, query.variance[n, 0], query.floor[n])
     weight = sample_weights(scores)
     mass = (weight * torch.exp(scores.double() - peak - variance / 2)).sum()
     drawn = scores[pilot[0]].double() - variance[pilot[0]] / 2
@@ -98,8 +107,10 @@ def _narrow(
     spent, upper, counts = 0.0, -math.inf, []
     for stage in range(plan.stages):
         estimates = scores[rows].double()
-        variance = _squares(index, rows, query.variance[n, stage], query.floor[n])
-        reach = estimates + _squares(index, rows, query.spread[n, stage], query.floor[n]).sqrt()
+        variance = _squares(index, rows, stage, query.variance[n, stage], query.floor[n])
+        fixed = stage if not deterministic else 0
+        reach = _squares(index, rows, fixed, query.spread[n, stage], query.floor[n]).sqrt()
+        reach += estimates
         taken = reach >= threshold
         if budget is not None:
             loss = torch.exp(estimates - peak) * growth(variance / 2)
@@ -129,9 +140,12 @@ def sample_weights(scores: Tensor) -> Tensor:
     return torch.where(near, 1.0, drawn).repeat_interleave(BLOCK_ROWS)[: len(scores)]
 
 
-def _squares(index: CodesIndex, rows: Tensor, coefficients: Tensor, floor: Tensor) -> Tensor:
-    """sum_g scale_g^2 coefficient_g + floor of some rows: float64[k]."""
-    return coefficients.double() @ index.scale[:, rows].double().square() + floor
+def _squares(
+    index: CodesIndex, rows: Tensor, stage: int, coefficients: Tensor, floor: Tensor
+) -> Tensor:
+    """Sum of scale_g^2 coefficient_g, times the factor of the stage, + floor: float64[k]."""
+    sums = coefficients.double() @ index.scale[:, rows].double().square()
+    return (index.factor[stage - 1, rows].double() * sums if stage else sums) + floor
 
 
 def growth(x: Tensor) -> Tensor:

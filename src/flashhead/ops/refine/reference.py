@@ -18,7 +18,7 @@ def refine(
     estimates: Tensor,
 ) -> Tensor:
     """Estimates of `rows` with the bits of one plane (1 or 2) added: float32[k]."""
-    fields = unpack(index.refine[plane - 1, rows], 2).double()
+    fields = unpack(index.refine[plane - 1, rows, :-1], 2).double()
     coordinates = query.gathered[number].transpose(1, 2).flatten().double()
     total = estimates.double()
     for g in range(len(plan.size)):

@@ -33,6 +33,7 @@ class IndexArrays(NamedTuple):
     direction: np.ndarray
     exact: np.ndarray
     transform: np.ndarray
+    factor: np.ndarray
 
 
 class PlanArrays(NamedTuple):
@@ -86,6 +87,7 @@ def index_arrays(index: CodesIndex) -> IndexArrays:
         index.direction.numpy(),
         index.exact.numpy(),
         simd.bits16(index.transform),
+        index.factor.numpy(),
     )
 
 

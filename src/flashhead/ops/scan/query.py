@@ -9,7 +9,7 @@ base code k, c = (2^b - 1)/2 and the fields f_j of the planes, a row is estimate
 Its variance at stage j (base, first plane, ...) is a sum over the segments, for every row by its
 scales alone:
 
-    sigma_v^2 = sum_g scale_gv^2 A_jg + floor^2
+    sigma_v^2 = factor_jv sum_g scale_gv^2 A_jg + floor^2        (factor 1 at the base)
     A_jg = ||h_g||^2 error_jg / n_g     coding; random direction, see `index.codes`
          + s_g^2 energy_g / 12          rounding of the query, uniform
 
@@ -48,7 +48,7 @@ class CodesQuery:
         shift: `float32[n]`, h.m, added to every logit.
         variance: `float32[n, S, G]`, A.
         spread: `float32[n, S, G]`, the squared half-width of the interval is
-            sum_g scale_g^2 spread_g + floor: z^2 A, or G B^2.
+            factor sum_g scale_g^2 spread_g + floor: z^2 A, or, with factor 1, G B^2.
         floor: `float32[n]`, added to both, squared nats.
     """
 

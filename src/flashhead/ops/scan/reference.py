@@ -37,5 +37,7 @@ def scan(query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | N
 
 def variances(query: CodesQuery, index: CodesIndex, stage: int) -> Tensor:
     """sigma_v^2 of all rows at one stage (0: base): float32[n, V]."""
-    squared = index.scale.double().square()
-    return (query.variance[:, stage].double() @ squared + query.floor[:, None].double()).float()
+    sums = query.variance[:, stage].double() @ index.scale.double().square()
+    if stage:
+        sums *= index.factor[stage - 1].double()
+    return (sums + query.floor[:, None].double()).float()
