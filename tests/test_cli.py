@@ -68,6 +68,24 @@ MISTAKES = {
     ("eval", "head", "--model", "gemma-3-270m", "--methods", "int8,int3"): (
         "argument --methods: 'int3': wanted all, flashhead"
     ),
+    ("eval", "head", "--model", "x", "--data", "README.md", "--failure-probability", "0"): (
+        "--failure-probability without --certified"
+    ),
+    ("eval", "head", "--model", "x", "--failure-probability", "0.5"): (
+        "argument --failure-probability: '0.5'"
+    ),
+    (
+        "eval",
+        "frontier",
+        "--model",
+        "x",
+        "--data",
+        "README.md",
+        "--methods",
+        "bf16",
+        "--skip",
+        "bf16,int8",
+    ): "--skip leaves no",
     ("eval", "frontier"): "--model is missing: wanted --model and --data, or --from JSON",
     ("eval", "frontier", "--model", "gemma-3-270m"): "--data is missing",
     ("eval", "frontier", "--from", "no.json"): "argument --from: 'no.json': no such file",

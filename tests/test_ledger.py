@@ -37,7 +37,9 @@ def test_sliding_window_and_experts():
     assert book.body_bytes == 32 / 4 + 8
 
 
-@pytest.mark.parametrize(("rows", "dims", "bits"), [(1000, 64, 1.5), (33, 17, 1.0), (512, 96, 4), (40, 320, 2.5)])
+@pytest.mark.parametrize(
+    ("rows", "dims", "bits"), [(1000, 64, 1.5), (33, 17, 1.0), (512, 96, 4), (40, 320, 2.5)]
+)
 def test_index_bytes_formula(rows, dims, bits):
     """`inspect` promising other bytes than the index that convert then writes."""
     options = CodesOptions(bits=bits)

@@ -1,7 +1,6 @@
 """The report of `flashhead inspect --head` for people."""
 
 import math
-import math
 import textwrap
 from typing import Any
 

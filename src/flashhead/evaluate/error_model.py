@@ -137,7 +137,9 @@ class ErrorModel:
     def too_small(self) -> list[str]:
         """What shows that a sigma is too small, by stage; empty: the certificate's z holds."""
         return [
-            f"{name}: {finding}" for name, stage in self.stages.items() for finding in stage.too_small
+            f"{name}: {finding}"
+            for name, stage in self.stages.items()
+            for finding in stage.too_small
         ]
 
     def document(self) -> dict[str, Any]:
