@@ -3,6 +3,7 @@
 //   -DNT= queries / 8  -DNW= warps a block  -DCG= chunks a load group  -DMETA= 0 | 1 (row numbers inside
 //   the block of codes)  -DSAMPLE= 0 | 1  -DLOGITS= 0 | 1  -DEVICT= 0 | 1
 //   -DDEPTH= stages of a warp's ring  -DREGS= registers of the scan  -DSW= warps of the other two kernels
+//   -DQD= steps of the query kernel whose loads travel together   -DONE= 1: one query only, products of bit planes
 // A chunk is 8 words = 128 codes with one int8 query scale: the k of one m16n8k32 product by field.
 // No header is included, so that a run-time compiler needs no include path.
 
@@ -50,13 +51,13 @@ __device__ __forceinline__ uint4 load_codes(const uint4* p) {
   return v;
 }
 __device__ __forceinline__ void mma_s8(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // The first product of a chain: every sum starts at MAGIC, whose bits read as a float are 12582912 + sum.
 __device__ __forceinline__ void mma_s8_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int m) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
                : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(m));
 }
@@ -66,6 +67,17 @@ __device__ __forceinline__ void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Sums of and-ed bits; column n of b is bit plane n of the query. Even columns start at MAGIC, odd ones at 0.
+__device__ __forceinline__ void mma_b1_more(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_b1(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int m) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%10,%11};"
+               : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(m), "r"(0));
+}
 // Philox4x32-10: four uniform words for rows 4i..4i+3 of a query at a step.
 __device__ __forceinline__ uint4 philox(u32 c0, u32 c1, u32 k0, u32 k1) {
   u32 c2 = 0, c3 = 0;
@@ -139,20 +151,29 @@ template <int W> __device__ void query_phase(const Args& a, int g, char* smem) {
   const uint4* t1 = t0 + 8 * D8;
   const uint4* h = (const uint4*)a.hidden;
   constexpr int STEPS = (D / 32 + W - 1) / W;
-  constexpr int DEEP = NT == 1 ? 8 : 4;
-#pragma unroll DEEP
-  for (int i = 0; i < STEPS; i++) {
-    int ks = warp + i * W;
-    if (ks < D / 32) {
-      uint4 x = load_codes(t0 + ks * 4), y = load_codes(t1 + ks * 4);
+  constexpr int DEEP = STEPS < QD ? STEPS : QD;  // steps whose loads travel together
+#pragma unroll
+  for (int i0 = 0; i0 < STEPS; i0 += DEEP) {
+    uint4 x[DEEP], y[DEEP], b[DEEP][NT];
+#pragma unroll
+    for (int i = 0; i < DEEP; i++) {
+      const int ks = warp + (i0 + i) * W;
+      const bool in = ((D / 32) % W == 0 && STEPS % DEEP == 0) || ks < D / 32;
+      x[i] = in ? load_codes(t0 + ks * 4) : make_uint4(0, 0, 0, 0);
+      y[i] = in ? load_codes(t1 + ks * 4) : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
-        int n = nt * 8 + gg;
-        uint4 b = n < a.B ? __ldg(h + n * D8 + ks * 4 + t) : make_uint4(0, 0, 0, 0);
-        mma_bf16(c[nt], x.x, y.x, x.y, y.y, b.x, b.y);
-        mma_bf16(c[nt], x.z, y.z, x.w, y.w, b.z, b.w);
+        const int n = nt * 8 + gg;
+        b[i][nt] = in && n < a.B ? load_codes(h + n * D8 + ks * 4 + t) : make_uint4(0, 0, 0, 0);
       }
     }
+#pragma unroll
+    for (int i = 0; i < DEEP; i++)
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        mma_bf16(c[nt], x[i].x, y[i].x, x[i].y, y[i].y, b[i][nt].x, b[i][nt].y);
+        mma_bf16(c[nt], x[i].z, y[i].z, x[i].w, y[i].w, b[i][nt].z, b[i][nt].w);
+      }
   }
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
@@ -193,20 +214,21 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // 2. scan. Every warp streams its tiles of 32 rows (two blocks) through a ring of its own in shared memory, a chunk group a
-// stage, filled by bulk copies that start before the query is known. Shared: qfrag [NCHP][4][NT][32] uint2, scales [NCHP][NQ],
-// offsets [NCH][NQ], params [5][NQ], lower [NQ], win [NW][NQ], barriers [NW][DEPTH], rings [NW][DEPTH][STAGE].
+// stage, filled by bulk copies that start before the query is known. Shared: qfrag [NCHP][4][NT][32] uint2, scales and offsets [NGR][NQ],
+// params [5][NQ], lower [NQ], win [NW][NQ], tables, barriers [NW][DEPTH], rings [NW][DEPTH][STAGE]. A load group of chunks
+// shares one int8 scale of the query, so that its sums stay integers.
 #define S_Q 0
 #define S_SC (NCHP * 4 * NT * 32 * 8)
-#define S_OFF (S_SC + NCHP * NQ * 4)
-#define S_PAR (S_OFF + NCH * NQ * 4)
+#define S_OFF (S_SC + NGR * NQ * 4)
+#define S_PAR (S_OFF + NGR * NQ * 4)
 #define S_LOW (S_PAR + 6 * NQ * 4)
 #define S_WIN (S_LOW + NQ * 4)
-#define S_BAR (S_WIN + NW * NQ * 8)
+#define S_TAB (S_WIN + NW * NQ * 8)
+#define S_BAR (S_TAB + NCHP * 8 * 8)
 #define S_RING ((S_BAR + NW * DEPTH * 8 + 127) / 128 * 128)
 #define STB (CG * 512 + 128)
 #define STAGE (2 * STB)
 #define S_SCAN_END (S_RING + NW * DEPTH * STAGE)
-#define CPW ((NCH + NW - 1) / NW)
 #define EPL ((GROUPS + 31) / 32)
 #define LASTW (WORDS - (NGR - 1) * CG * 8)  // words of the last group
 
@@ -296,7 +318,7 @@ __device__ float noisy(const Args& a, float logit, int n, int row) {
 }
 
 // What does not need the query: the first codes, zeros in shared memory, tables.
-struct Early { int group[CPW]; float gain[CPW]; float share[EPL]; };
+struct Early { float share[EPL]; };
 __device__ __forceinline__ void scan_early(const Args& a, char* smem, Early& e) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int tiles = (a.nblk + 1) / 2, stride = gridDim.x * NW;
@@ -309,11 +331,9 @@ __device__ __forceinline__ void scan_early(const Args& a, char* smem, Early& e) 
       if (tile < tiles) fill_stage(a, ring + i * STAGE, barriers + i * 8, tile, i % NGR);
     }
   }
-#pragma unroll
-  for (int i = 0; i < CPW; i++) {
-    int c = warp + i * NW;
-    e.group[i] = c < NCH ? a.word_group[c * 8 + (lane >> 2)] : -1;
-    e.gain[i] = c < NCH ? a.word_gain[c * 8 + (lane >> 2)] : 0;
+  for (int i = tid; i < NCHP * 8; i += NW * 32) {
+    ((int*)(smem + S_TAB))[i] = i < NCH * 8 ? a.word_group[i] : -1;
+    ((float*)(smem + S_TAB))[NCHP * 8 + i] = i < NCH * 8 ? a.word_gain[i] : 0;
   }
 #pragma unroll
   for (int i = 0; i < EPL; i++) e.share[i] = i * 32 + lane < GROUPS ? a.share_base[i * 32 + lane] : 0;
@@ -334,23 +354,61 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
   float* par = (float*)(smem + S_PAR);
   u32* low = (u32*)(smem + S_LOW);
   u64* win = (u64*)(smem + S_WIN);
-  constexpr int QUERIES = NT == 1 ? 4 : 8;
-#pragma unroll QUERIES
-  for (int n = 0; n < a.B; n++) {
-    float4 v[CPW];
+  const int* group_of = (const int*)(smem + S_TAB) + (lane >> 2);
+  const float* gain_of = (const float*)(smem + S_TAB) + NCHP * 8 + (lane >> 2);
+  float4 v[CG], w[CG];
+  auto fetch = [&](float4* to, int task) {
+    const int u = task % NGR, n = task / NGR;
 #pragma unroll
-    for (int i = 0; i < CPW; i++)
-      v[i] = early.group[i] >= 0 ? __ldcg((const float4*)(a.coded + n * (GROUPS * 16) + early.group[i] * 16 + t * 4)) : make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < CPW; i++) {
-      const int c = warp + i * NW;
-      if (c < NCH) {
-        float step; int sum;
-        u32 word = quantise(v[i], early.gain[i], step, sum);
-        ((u32*)q)[(((c * 4 + t) * NT + n / 8) * 32 + (n % 8) * 4 + (g & 3)) * 2 + (g >> 2)] = word;
-        if (!lane) { sc[c * NQ + n] = step; off[c * NQ + n] = 1.5f * step * (float)sum; }
-      }
+    for (int i = 0; i < CG; i++) {
+      const int group = group_of[(u * CG + i) * 8];
+      to[i] = group >= 0 ? __ldcg((const float4*)(a.coded + n * (GROUPS * 16) + group * 16 + t * 4)) : make_float4(0, 0, 0, 0);
     }
+  };
+  if (warp < NGR * a.B) fetch(w, warp);
+  for (int task = warp; task < NGR * a.B; task += NW) {
+    const int u = task % NGR, n = task / NGR;
+    float peak = 0;
+#pragma unroll
+    for (int i = 0; i < CG; i++) {
+      const float gain = gain_of[(u * CG + i) * 8];
+      v[i] = make_float4(w[i].x * gain, w[i].y * gain, w[i].z * gain, w[i].w * gain);
+      peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v[i].x), fabsf(v[i].y)), fmaxf(fabsf(v[i].z), fabsf(v[i].w))));
+    }
+    if (task + NW < NGR * a.B) fetch(w, task + NW);
+    peak = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(peak)));
+    const float step = fmaxf(peak / 127.0f, 1e-30f), inverse = 127.0f / fmaxf(peak, 1e-28f);
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < CG; i++) {
+      const int c = u * CG + i;
+      const u32 word = (__float2int_rn(v[i].x * inverse) & 255) | (__float2int_rn(v[i].y * inverse) & 255) << 8 |
+                       (__float2int_rn(v[i].z * inverse) & 255) << 16 | (u32)__float2int_rn(v[i].w * inverse) << 24;
+#if ONE
+      // |q| in bytes; plane m of the merged query: low bits of the fields |q| bit m, high bits |q| bit m - 1
+      const u32 minus = ((word >> 7) & 0x01010101u) * 255u, size = __vsub4(word ^ minus, minus);
+      u32 sign = (minus & 0x03030303u) << 2 * t, mine0 = 0, mine1 = 0;
+      sum = __dp4a((int)size, 0x01010101, sum);
+#pragma unroll
+      for (int m = 0; m < 8; m++) {
+        u32 x = ((size >> m) & 0x01010101u) << 2 * t | (m ? ((size >> (m - 1)) & 0x01010101u) << (2 * t + 1) : 0u);
+        x |= __shfl_xor_sync(~0u, x, 1);
+        x |= __shfl_xor_sync(~0u, x, 2);
+        if (m == 2 * t) mine0 = x;
+        if (m == 2 * t + 1) mine1 = x;
+      }
+      sign |= __shfl_xor_sync(~0u, sign, 1);
+      sign |= __shfl_xor_sync(~0u, sign, 2);
+      ((u32*)q)[(c * 32 + (2 * t) * 4 + (g & 3)) * 2 + (g >> 2)] = mine0;
+      ((u32*)q)[(c * 32 + (2 * t + 1) * 4 + (g & 3)) * 2 + (g >> 2)] = mine1;
+      if (t == 0) ((u32*)q)[NCHP * 64 + (c * 4 + (g & 3)) * 2 + (g >> 2)] = sign;
+#else
+      sum = __dp4a((int)word, 0x01010101, sum);
+      ((u32*)q)[(((c * 4 + t) * NT + n / 8) * 32 + (n % 8) * 4 + (g & 3)) * 2 + (g >> 2)] = word;
+#endif
+    }
+    sum = __reduce_add_sync(~0u, sum);
+    if (!lane) { sc[u * NQ + n] = step; off[u * NQ + n] = 1.5f * step * (float)sum; }
   }
   for (int n = warp; n < a.B; n += NW) {
     float s = 0;
@@ -358,16 +416,16 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
     for (int i = 0; i < EPL; i++) if (i * 32 + lane < GROUPS) s += early.share[i] * __ldcg(a.group_energy + n * GROUPS + i * 32 + lane);
     s = warp_sum(s);
     if (!lane) {
-      par[3 * NQ + n] = s * a.z * a.z;
-      par[NQ + n] = __ldcg(a.along_shift + n); par[2 * NQ + n] = __ldcg(a.along_shift + NQ + n);
+      par[4 * n + 3] = s * a.z * a.z;
+      par[4 * n + 1] = __ldcg(a.along_shift + n); par[4 * n + 2] = __ldcg(a.along_shift + NQ + n);
     }
   }
   __syncthreads();
   for (int n = warp; n < a.B; n += NW) {
-    float o = lane < NCH ? off[lane * NQ + n] : 0, s = lane < NCH ? sc[lane * NQ + n] : 0;
+    float o = lane < NGR ? off[lane * NQ + n] : 0, s = lane < NGR ? sc[lane * NQ + n] : 0;
     o = warp_sum(o);
-    s = warp_sum(s * s * (float)min(8, WORDS - lane * 8) * (16.0f * 1.25f / 12.0f));
-    if (!lane) { par[n] = o; par[4 * NQ + n] = s * a.z * a.z; }
+    s = warp_sum(s * s * (float)min(8 * CG, WORDS - lane * 8 * CG) * (16.0f * 1.25f / 12.0f));
+    if (!lane) { par[4 * n] = o; par[4 * NQ + n] = s * a.z * a.z; }
   }
   __syncthreads();
   if (a.qdump && blockIdx.x == 0)
@@ -377,10 +435,101 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
   char* const ring = smem + S_RING + warp * DEPTH * STAGE;
   int stage = 0, parity = 0;
   int fill_tile = blockIdx.x * NW + warp + DEPTH / NGR * stride, fill_group = DEPTH % NGR;
-  float total[2][NT][4];
-  u64 top[NT][2];
+#if ONE
+  // one query, bit planes: lane L ends up with row L of the tile
+  const uint2* sign_of = q + NCHP * 32;
+  const float weight = (float)(1 << 2 * t);
+  float best = NEG;
+  int best_row = 0;
+  const float4 p = *(const float4*)par;
+  const float vb = par[4 * NQ];
+  for (int tile = blockIdx.x * NW + warp; tile < tiles; tile += stride) {
+    float total[4] = {0, 0, 0, 0}, rs, re, rd;
+#pragma unroll 1
+    for (int grp = 0; grp < NGR; grp++) {
+      char* const here = ring + stage * STAGE;
+      wait_stage(barriers + stage * 8, parity);
+      const char* codes = here + (lane >> 4) * STB + t * 64 + sub * 16;
+      const uint2* qg = q + grp * (CG * 32) + lane;
+      const uint2* xg = sign_of + grp * (CG * 4) + t;
+      int c[4], e[4];
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++) top[nt][0] = top[nt][1] = 0;
+      for (int i = 0; i < CG; i++) {
+        if (NCH % CG == 0 || grp * CG + i < NCH) {
+          const uint4 xa = *(const uint4*)(codes + i * 512), xb = *(const uint4*)(codes + i * 512 + 256);
+          const uint2 b = qg[i * 32], x = xg[i * 4];
+          if (i == 0) {
+            mma_b1(c, xa.x ^ x.x, xa.y ^ x.x, xb.x ^ x.y, xb.y ^ x.y, b.x, b.y, MAGIC);
+            mma_b1(e, xa.z ^ x.x, xa.w ^ x.x, xb.z ^ x.y, xb.w ^ x.y, b.x, b.y, MAGIC);
+          } else {
+            mma_b1_more(c, xa.x ^ x.x, xa.y ^ x.x, xb.x ^ x.y, xb.y ^ x.y, b.x, b.y);
+            mma_b1_more(e, xa.z ^ x.x, xa.w ^ x.x, xb.z ^ x.y, xb.w ^ x.y, b.x, b.y);
+          }
+        }
+      }
+      const float step = sc[grp * NQ];
+      total[0] += step * (__int_as_float(c[0] + 2 * c[1]) - MAGICF);
+      total[1] += step * (__int_as_float(c[2] + 2 * c[3]) - MAGICF);
+      total[2] += step * (__int_as_float(e[0] + 2 * e[1]) - MAGICF);
+      total[3] += step * (__int_as_float(e[2] + 2 * e[3]) - MAGICF);
+      if (grp == NGR - 1) {
+#if META
+        const char* m = here + (lane >> 4) * STB + LASTW * 64 + (lane & 15) * 2;
+        rs = bf(*(const u16*)m); re = bf(*(const u16*)(m + 32)); rd = *(const float*)(m + 64 + (lane & 15) * 2);
+#else
+        const char* m = here + CG * 512 + lane * 2;
+        rs = bf(*(const u16*)m); re = bf(*(const u16*)(m + 64)); rd = *(const float*)(here + STB + CG * 512 + lane * 4);
+#endif
+      }
+      __syncwarp();
+      if (lane == 0 && fill_tile < tiles) fill_stage(a, shared_address(here), barriers + stage * 8, fill_tile, fill_group);
+      if (++fill_group == NGR) { fill_group = 0; fill_tile += stride; }
+      if (++stage == DEPTH) { stage = 0; parity ^= 1; }
+    }
+    const bool hi2 = t & 2, hi1 = t & 1;
+    float k0 = hi2 ? total[2] : total[0], k1 = hi2 ? total[3] : total[1];
+    const float o0 = hi2 ? total[0] : total[2], o1 = hi2 ? total[1] : total[3];
+    k0 = k0 * weight + __shfl_xor_sync(~0u, o0 * weight, 2);
+    k1 = k1 * weight + __shfl_xor_sync(~0u, o1 * weight, 2);
+    const float sum = (hi1 ? k1 : k0) + __shfl_xor_sync(~0u, hi1 ? k0 : k1, 1);
+    const int row = tile * 32 + lane, blk = row >> 4;
+    const bool inside = row < a.V;
+    float s = rs * (sum - p.x) + (p.y * rd + p.z), sd;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(sd) : "f"(p.w * re * re + vb * rs * rs));
+#if SAMPLE
+    uint4 rnd = philox(row >> 2, a.step * NQ, a.seed, 0);
+    u32 word = t == 0 ? rnd.x : t == 1 ? rnd.y : t == 2 ? rnd.z : rnd.w;
+    s = s * a.inv_temp + gumbel(word);
+    sd *= a.inv_temp;
+#endif
+    if (!inside) s = NEG;
+    const float bound = unordered(low[0]);
+    float up = s + sd;
+    const float mine = up;
+    if (s > best) { best = s; best_row = row; }
+    if (s - sd > bound) atomicMax(low, ordered(s - sd));
+    for (int x = 1; x < 16; x <<= 1) up = fmaxf(up, __shfl_xor_sync(~0u, up, x));
+    if (blk < a.nblk) {
+      if ((lane & 15) == 0) a.bmax[blk] = up;
+      if (LOGITS) a.upper[row] = s;
+      else if (up >= bound) a.upper[row] = mine;
+    }
+  }
+  {
+    u64 v = packed(best, best_row);
+    for (int x = 1; x < 32; x <<= 1) {
+      u64 o = __shfl_xor_sync(~0u, v, x);
+      if (o > v) v = o;
+    }
+    if (lane == 0) win[warp * NQ] = v;
+  }
+  __syncthreads();
+#else
+  float total[2][NT][4];
+  float best[NT][2];
+  int best_row[NT][2];
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++) { best[nt][0] = best[nt][1] = NEG; best_row[nt][0] = best_row[nt][1] = 0; }
   for (int tile = blockIdx.x * NW + warp; tile < tiles; tile += stride) {
     Meta meta;
 #pragma unroll
@@ -393,12 +542,11 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
       wait_stage(barriers + stage * 8, parity);
       const char* codes = here + (lane >> 4) * STB + t * 64 + sub * 16;
       const uint2* qg = q + grp * (CG * 4 * NT * 32) + lane;
-      const float* sg = sc + grp * CG * NQ + 2 * t;
+      int acc[2][NT][4];
 #pragma unroll
       for (int i = 0; i < CG; i++) {
         if (NCH % CG == 0 || grp * CG + i < NCH) {
           const uint4 xa = *(const uint4*)(codes + i * 512), xb = *(const uint4*)(codes + i * 512 + 256);
-          int acc[2][NT][4];
 #pragma unroll
           for (int f = 0; f < 4; f++) {
             const u32 k = 0x03030303u;
@@ -407,7 +555,7 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
               uint2 b = qg[((i * 4 + f) * NT + nt) * 32];
-              if (f == 0) {
+              if (f == 0 && i == 0) {
                 mma_s8_first(acc[0][nt], a0, a1, a2, a3, b.x, b.y, MAGIC);
                 mma_s8_first(acc[1][nt], e0, e1, e2, e3, b.x, b.y, MAGIC);
               } else {
@@ -416,17 +564,17 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
               }
             }
           }
+        }
+      }
 #pragma unroll
-          for (int nt = 0; nt < NT; nt++) {
-            float2 s = *(const float2*)(sg + i * NQ + nt * 8);
+      for (int nt = 0; nt < NT; nt++) {
+        float2 s = *(const float2*)(sc + grp * NQ + nt * 8 + 2 * t);
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
-              total[m][nt][0] += s.x * (__int_as_float(acc[m][nt][0]) - MAGICF);
-              total[m][nt][1] += s.y * (__int_as_float(acc[m][nt][1]) - MAGICF);
-              total[m][nt][2] += s.x * (__int_as_float(acc[m][nt][2]) - MAGICF);
-              total[m][nt][3] += s.y * (__int_as_float(acc[m][nt][3]) - MAGICF);
-            }
-          }
+        for (int m = 0; m < 2; m++) {
+          total[m][nt][0] += s.x * (__int_as_float(acc[m][nt][0]) - MAGICF);
+          total[m][nt][1] += s.y * (__int_as_float(acc[m][nt][1]) - MAGICF);
+          total[m][nt][2] += s.x * (__int_as_float(acc[m][nt][2]) - MAGICF);
+          total[m][nt][3] += s.y * (__int_as_float(acc[m][nt][3]) - MAGICF);
         }
       }
       if (grp == NGR - 1) meta = read_meta(here);
@@ -437,52 +585,59 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
     }
     // rows row0..row0+3 of this lane: total[i >> 1][.][(i & 1) * 2 + col]
     const int blk = 2 * tile + (g >> 2), row0 = blk * 16 + sub * 4;
-    const bool inside = blk < a.nblk;
-    float rs[4] = {bf(meta.scale.x), bfh(meta.scale.x), bf(meta.scale.y), bfh(meta.scale.y)};
-    float re[4] = {bf(meta.error.x), bfh(meta.error.x), bf(meta.error.y), bfh(meta.error.y)};
-    float rd[4] = {meta.direction.x, meta.direction.y, meta.direction.z, meta.direction.w};
+    const bool inside = blk < a.nblk, full = tile * 32 + 32 <= a.V;
+    const float rs[4] = {bf(meta.scale.x), bfh(meta.scale.x), bf(meta.scale.y), bfh(meta.scale.y)};
+    const float re[4] = {bf(meta.error.x), bfh(meta.error.x), bf(meta.error.y), bfh(meta.error.y)};
+    const float rd[4] = {meta.direction.x, meta.direction.y, meta.direction.z, meta.direction.w};
+    float re2[4], rs2[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) { re2[i] = re[i] * re[i]; rs2[i] = rs[i] * rs[i]; }
+    float* const up_at = a.upper + row0;
+    float* const max_at = a.bmax + blk;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
       for (int col = 0; col < 2; col++) {
         const int n = nt * 8 + 2 * t + col;
         if (col == 1 && a.B == 1) continue;
-        float offset = par[n], along = par[NQ + n], shift = par[2 * NQ + n], va = par[3 * NQ + n], vb = par[4 * NQ + n];
-        float bound = unordered(low[n]);
-        float s[4], u[4], lo = NEG;
+        const float4 p = *(const float4*)(par + 4 * n);
+        const float vb = par[4 * NQ + n], bound = unordered(low[n]);
+        float s[4], u[4], sd[4];
 #if SAMPLE
         uint4 rnd = philox(row0 >> 2, a.step * NQ + n, a.seed, 0);
         u32 rn[4] = {rnd.x, rnd.y, rnd.z, rnd.w};
 #endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          s[i] = rs[i] * (total[i >> 1][nt][(i & 1) * 2 + col] - offset) + along * rd[i] + shift;
-          float sd;
-          float var = va * re[i] * re[i] + vb * rs[i] * rs[i];
-          asm("sqrt.approx.f32 %0, %1;" : "=f"(sd) : "f"(var));
+          s[i] = rs[i] * (total[i >> 1][nt][(i & 1) * 2 + col] - p.x) + (p.y * rd[i] + p.z);
+          asm("sqrt.approx.f32 %0, %1;" : "=f"(sd[i]) : "f"(p.w * re2[i] + vb * rs2[i]));
 #if SAMPLE
           s[i] = s[i] * a.inv_temp + gumbel(rn[i]);
-          sd *= a.inv_temp;
+          sd[i] *= a.inv_temp;
 #endif
-          if (!inside || row0 + i >= a.V) s[i] = NEG;
-          u[i] = s[i] + sd;
-          lo = fmaxf(lo, s[i] - sd);
         }
+        if (!full) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) if (row0 + i >= a.V) s[i] = NEG;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) u[i] = s[i] + sd[i];
         float up = fmaxf(fmaxf(u[0], u[1]), fmaxf(u[2], u[3]));
-        float m4 = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
-        if (ordered(m4) > (u32)(top[nt][col] >> 32)) {
-          int i = m4 == s[0] ? 0 : m4 == s[1] ? 1 : m4 == s[2] ? 2 : 3;
-          top[nt][col] = packed(m4, row0 + i);
+        const float m4 = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
+        if (m4 > best[nt][col]) {
+          best[nt][col] = m4;
+          best_row[nt][col] = row0 + (m4 == s[0] ? 0 : m4 == s[1] ? 1 : m4 == s[2] ? 2 : 3);
         }
+        const float lo = m4 - fmaxf(fmaxf(sd[0], sd[1]), fmaxf(sd[2], sd[3]));
+        if (lo > bound) atomicMax(low + n, ordered(lo));
         up = fmaxf(up, __shfl_xor_sync(~0u, up, 4));
         up = fmaxf(up, __shfl_xor_sync(~0u, up, 8));
-        if (lo > bound) atomicMax(low + n, ordered(lo));
         if (inside && n < a.B) {
-          if (sub == 0) a.bmax[(size_t)n * a.nblk + blk] = up;
+          if (sub == 0) max_at[(size_t)n * a.nblk] = up;
           if (LOGITS)
-            *(float4*)(a.upper + (size_t)n * a.nblk * 16 + row0) = make_float4(s[0], s[1], s[2], s[3]);
+            *(float4*)(up_at + (size_t)n * a.nblk * 16) = make_float4(s[0], s[1], s[2], s[3]);
           else if (up >= bound)
-            *(float4*)(a.upper + (size_t)n * a.nblk * 16 + row0) = make_float4(u[0], u[1], u[2], u[3]);
+            *(float4*)(up_at + (size_t)n * a.nblk * 16) = make_float4(u[0], u[1], u[2], u[3]);
         }
       }
   }
@@ -491,7 +646,7 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
   for (int nt = 0; nt < NT; nt++)
 #pragma unroll
     for (int col = 0; col < 2; col++) {
-      u64 v = top[nt][col];
+      u64 v = packed(best[nt][col], best_row[nt][col]);
       for (int x = 4; x < 32; x <<= 1) {
         u64 o = __shfl_xor_sync(~0u, v, x);
         if (o > v) v = o;
@@ -499,6 +654,7 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
       if (g == 0) win[warp * NQ + nt * 8 + 2 * t + col] = v;
     }
   __syncthreads();
+#endif
   int* count = (int*)low;  // [0]: number of queries in the list that follows
   u64 mine = 0;
   bool go = false;
@@ -508,7 +664,7 @@ __device__ void scan_phase(const Args& a, char* smem, Early& early) {
     go = mine != 0;
     if (a.B > 1 && go) {
       u64 old = atomicMax(a.top + tid, mine);
-      float margin = 0.5f * a.mean_error * sqrtf(par[3 * NQ + tid]);
+      float margin = 0.5f * a.mean_error * sqrtf(par[4 * tid + 3]);
 #if SAMPLE
       margin *= a.inv_temp;
 #endif
@@ -550,8 +706,7 @@ __device__ __forceinline__ void row_numbers(const Args& a, int row, float& scale
 // The refined query and the variances, by the whole block; only when many rows survive (or with LOGITS).
 template <int W> __device__ void refine_query(const Args& a, int n, SelectShared& sh) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  float rounding = 0;
-  for (int c = warp; c < NCH + RCH; c += W) {
+  for (int c = NCH + warp; c < NCH + RCH; c += W) {
     int group = a.word_group[c * 8 + (lane >> 2)];
     float gain = a.word_gain[c * 8 + (lane >> 2)], step;
     int sum;
@@ -561,8 +716,19 @@ template <int W> __device__ void refine_query(const Args& a, int n, SelectShared
       sh.qref[lane & 3][(c - NCH) * 8 + (lane >> 2)] = word;
       if (!lane) { sh.refine_scale[c - NCH] = step; sh.refine_offset[c - NCH] = 1.5f * step * (float)sum; }
     }
-    rounding = step * step * (float)(c < NCH ? min(8, WORDS - c * 8) : min(8, GROUPS - (c - NCH) * 8)) * (16.0f * 1.25f / 12.0f);
-    if (!lane) { if (c < NCH) atomicAdd(&sh.base_b, rounding); atomicAdd(&sh.refined_b, rounding); }
+    if (c >= NCH && !lane) atomicAdd(&sh.refined_b, step * step * (float)min(8, GROUPS - (c - NCH) * 8) * (16.0f * 1.25f / 12.0f));
+  }
+  for (int u = warp; u < NGR; u += W) {
+    float peak = 0;
+    for (int c = u * CG; c < min(NCH, (u + 1) * CG); c++) {
+      const int group = a.word_group[c * 8 + (lane >> 2)];
+      const float gain = a.word_gain[c * 8 + (lane >> 2)];
+      float4 v = group >= 0 ? __ldcg((const float4*)(a.coded + n * (GROUPS * 16) + group * 16 + (lane & 3) * 4)) : make_float4(0, 0, 0, 0);
+      peak = fmaxf(peak, fabsf(gain) * fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+    }
+    peak = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(peak))) / 127.0f;
+    const float rounding = peak * peak * (float)min(8 * CG, WORDS - u * 8 * CG) * (16.0f * 1.25f / 12.0f);
+    if (!lane) { atomicAdd(&sh.base_b, rounding); atomicAdd(&sh.refined_b, rounding); }
   }
   if (warp == 0) {
     float s = 0, r = 0;

@@ -1,5 +1,6 @@
-"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged; and
-the names of the methods that an evaluation compares.
+"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged.
+
+Also the names of the methods that an evaluation compares.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
 @dataclasses.dataclass(frozen=True)
 class CodesOptions:
-    """Codes index: what is stored (`bits`, `planes`, calibration, `seed`) and how a query searches it.
+    """Codes index: what is stored, and how a query searches it.
 
     Args:
         bits: mean bits a dimension that every query scans, 1 to 4; None: the cheapest expected.

@@ -1,8 +1,8 @@
 """How far a search must look: standard errors for the certificate, nats for the distribution.
 
-Certificate. What is random is the rotation inside each segment of the index, drawn once when it is built, after
-head and hidden states are given; for a given row it makes the direction of the coding error
-uniform in the complement of the row. A search compares every row left out with E, the exact logit
+Certificate. What is random is the rotation inside each segment of the index, drawn once when it is
+built, independently of head and hidden states; for a given row it makes the direction of the coding
+error uniform in the complement of the row. A search compares every row left out with E, the exact logit
 of a row it has scored: at each stage a row is left out if s_v + z sigma_v < E.
 
 Let u be the winner, the row of the largest float32 logit: a fixed row, whatever the rotation. The
@@ -26,12 +26,14 @@ is cheap to take on early (a plane of codes) and expensive late (its bf16 row), 
 many more of them: half of the KL budget for the first stage measured best (docs/log.md).
 """
 
+import functools
 import statistics
 
 SHARES: dict[int, tuple[float, ...]] = {1: (0.5, 1.0), 2: (0.5, 0.75, 1.0)}
 """By number of planes: share of the KL budget that may be spent by the end of each stage."""
 
 
+@functools.cache
 def z_score(failure_probability: float, stages: int) -> float:
     """Standard errors so that `stages` comparisons fail with at most this probability; 1 for 0,
     where the spread is the deterministic bound itself.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead.index.codes import MOST_PLANES, UNIT
 from flashhead.index.bound import SHARES, z_score
+from flashhead.index.codes import MOST_PLANES, UNIT
 from flashhead.options import CodesOptions
 
 ERROR = {1: (0.571, 0.040, 0.0056), 2: (0.152, 0.0122, 0.0026), 4: (0.0128, 0.0012, 0.0004)}

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from flashhead.errors import FlashHeadError
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
-from flashhead.nn.output import HeadOutput, HeadStatistics
+from flashhead.nn.next_token import Context, next_token
+from flashhead.nn.output import HeadOutput, HeadStatistics, LogProbs, NextToken
 from flashhead.ops.dispatch import resolve_impl
+from flashhead.ops.rescore.api import rescore
+from flashhead.options import Sampling, require_failure_probability
 
 _log = logging.getLogger("flashhead")
 MOST_ROWS = 64
@@ -68,7 +71,7 @@ class FlashHead(nn.Linear):
                     f"the index is of a head {got}, this head is {list(self.weight.shape)}"
                 )
             self.impl = resolve_impl(impl, self.weight.device)
-            self._plan: Any = _plan_of(index)
+            self.plan: Any = _plan_of(index)
             self._fingerprint = self._weight_state()
             self.crossover_rows = self._measure_crossover()
 
@@ -87,7 +90,7 @@ class FlashHead(nn.Linear):
             output = self._search(hidden.reshape(-1, self.in_features))
             self.stats.add(output)
             return output.logits.view(*hidden.shape[:-1], self.out_features)
-        self.stats.add_dense(rows, self.weight.numel() * self.weight.element_size())
+        self.stats.add_dense(rows, self.dense_bytes)
         return self.dense(hidden).float()
 
     def dense(self, hidden: Tensor) -> Tensor:
@@ -106,26 +109,190 @@ class FlashHead(nn.Linear):
         """
         if self.index is None:
             raise FlashHeadError("this head is dense: it has no index to search")
+        self._require_hidden(hidden)
+        return self._search(hidden)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def next_token(
+        self,
+        hidden: Tensor,
+        sampling: Sampling | None = None,
+        *,
+        steps: Tensor | None = None,
+        contexts: list[Context] | None = None,
+        failure_probability: float = 1e-6,
+    ) -> NextToken:
+        """Choose the next token of each hidden state, with a certificate.
+
+        Greedy, it equals `(hidden.float() @ weight.float().T + bias).argmax(1)`; with a temperature
+        it draws from the softmax of these logits (`nn/sampling.py` says what is exact for each
+        feature). What the search cannot certify is completed by the dense product.
+
+        Args:
+            hidden: floating `[n, d]`, finite.
+            sampling: how a token is chosen; None: greedy.
+            steps: `int64[n]`, number of each draw: equal seeds and steps give equal tokens,
+                whatever the batch; None: 0, 1, ....
+            contexts: previous tokens, biases and masks, one a hidden state; None: none.
+            failure_probability: of the certificate (`index/bound.py`); 0: a deterministic bound.
+
+        Raises:
+            FlashHeadError: `hidden` has another shape or is not finite, an argument is out of
+                range, or every token is forbidden.
+        """
+        self._require_hidden(hidden)
+        require_failure_probability(failure_probability)
+        sampling = sampling or Sampling()
+        steps = torch.arange(len(hidden)) if steps is None else steps
+        if steps.dtype != torch.int64 or steps.shape != (len(hidden),):
+            got = f"{steps.dtype} {list(steps.shape)}"
+            raise FlashHeadError(f"steps is {got}: wanted int64 [{len(hidden)}]")
+        if contexts is not None and len(contexts) != len(hidden):
+            raise FlashHeadError(f"{len(contexts)} contexts: wanted {len(hidden)}, one a row")
+        if not len(hidden):
+            empty = torch.zeros(0, dtype=torch.int64)
+            return NextToken(empty, empty.bool(), empty.bool(), empty, empty)
+        chosen = next_token(self, hidden, sampling, steps, contexts, failure_probability)
+        self.stats.add(chosen)
+        return chosen
+
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> LogProbs:
+        """Log-probabilities of given tokens; estimates
+        `log_softmax((hidden.float() @ weight.float().T + bias) / temperature)` at the tokens.
+
+        The token's logit and the candidates' are exact; the mass of all other rows is an unbiased
+        estimate (`nn/rest.py`).
+
+        Args:
+            hidden: floating `[n, d]`, finite.
+            tokens: `int64[n]`.
+            temperature: above 0.
+
+        Raises:
+            FlashHeadError: an argument has another shape or range.
+        """
+        self._require_hidden(hidden)
+        if tokens.shape != (len(hidden),) or tokens.dtype != torch.int64:
+            got = f"{tokens.dtype} {list(tokens.shape)}"
+            raise FlashHeadError(f"tokens is {got}: wanted int64 [{len(hidden)}]")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.out_features:
+            raise FlashHeadError(f"tokens: wanted 0 to {self.out_features - 1}")
+        if not 0 < temperature < math.inf:
+            raise FlashHeadError(f"temperature={temperature}: wanted above 0")
+        from flashhead.nn.rest import log_probs
+
+        return log_probs(self, hidden, tokens, temperature)
+
+    @torch.no_grad()
+    def draws(
+        self,
+        hidden: Tensor,
+        count: int,
+        sampling: Sampling,
+        first_step: int = 0,
+        failure_probability: float = 1e-6,
+    ) -> Tensor:
+        """Many draws for one hidden state: the tokens of `next_token` at `count` steps.
+
+        One search serves all draws: rows are known by bounds, and a row that wins is made exact.
+
+        Args:
+            hidden: floating `[1, d]`, finite.
+            count: of draws.
+            sampling: temperature above 0; no penalties.
+            first_step: of the noise.
+            failure_probability: of each draw's certificate, above 0.
+
+        Returns:
+            `int64[count]`.
+        """
+        self._require_hidden(hidden)
+        require_failure_probability(failure_probability)
+        from flashhead.nn.draws import draws
+
+        steps = torch.arange(first_step, first_step + count)
+        return draws(self, hidden, steps, sampling, failure_probability)
+
+    @property
+    def searches_codes(self) -> bool:
+        """Whether the index is one that certifies."""
+        return isinstance(self.index, CodesIndex)
+
+    @property
+    def noise_impl(self) -> str:
+        """Implementation of the noise: that of the search, for a dense head the reference."""
+        return self.impl if self.impl in ("cpu", "reference") else "reference"
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that the dense product reads."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return self.weight.numel() * self.weight.element_size() + bias
+
+    def exact_logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """Float32 logits of some rows, `int64[k]`, or of all: float32[k].
+
+        Args:
+            hidden: floating `[d]`.
+            rows: row ids, or None.
+        """
+        rows = torch.arange(self.out_features) if rows is None else rows
+        bias = None if self.bias is None else self.bias.detach().float()
+        return rescore(hidden, self.weight.detach(), bias, rows, impl=self.noise_impl)
+
+    def search_rows(self, hidden: Tensor, bias: Tensor | None, **options: Any) -> HeadOutput:
+        """Search the codes with a bias of one's own, or score all rows without codes.
+
+        Args:
+            hidden: floating `[n, d]`, finite.
+            bias: `float32[1, V]` or `float32[n, V]`, added to the logits beside the head's own, or
+                None.
+            options: of `search_codes`.
+        """
+        if self.index is not None:
+            self._require_unchanged()
+        own = None if self.bias is None else self.bias.detach().float()
+        added = own if bias is None else bias if own is None else bias + own
+        weight = self.weight.detach()
+        if isinstance(self.index, CodesIndex):
+            from flashhead.nn.search import search_codes
+
+            return search_codes(hidden, weight, added, self.index, self.plan, self.impl, **options)
+        logits = torch.stack([self.exact_logits(state, None) for state in hidden])
+        logits = logits if bias is None else logits + bias
+        count, yes = torch.full((len(hidden),), self.out_features), torch.ones(len(hidden)) > 0
+        read = torch.full((len(hidden),), self.dense_bytes)
+        everything = torch.arange(self.out_features, dtype=torch.int32)
+        upper = torch.full((len(hidden),), -math.inf)
+        return HeadOutput(
+            logits, logits.argmax(1), count, yes, yes, read, upper, [everything] * len(hidden)
+        )
+
+    def _require_hidden(self, hidden: Tensor) -> None:
         if hidden.dim() != 2 or hidden.shape[1] != self.in_features:
             raise FlashHeadError(
                 f"hidden has shape {list(hidden.shape)}, wanted [n, {self.in_features}]"
             )
         if not _is_finite(hidden):
             raise FlashHeadError("hidden holds NaN or infinity: no token can be searched for")
-        return self._search(hidden)
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _search(self, hidden: Tensor) -> HeadOutput:
+    def _require_unchanged(self) -> None:
         if self._fingerprint != self._weight_state():
             raise FlashHeadError(
                 "the head's weight changed after its index was built: detach and attach again"
             )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _search(self, hidden: Tensor) -> HeadOutput:
+        self._require_unchanged()
         from flashhead.nn.search import search_clusters, search_codes
 
         bias = None if self.bias is None else self.bias.float()
         if isinstance(self.index, CodesIndex):
-            return search_codes(hidden, self.weight, bias, self.index, self._plan, self.impl)
+            return search_codes(hidden, self.weight, bias, self.index, self.plan, self.impl)
         assert isinstance(self.index, ClustersIndex)
         return search_clusters(hidden, self.weight, bias, self.index, self.impl)
 

@@ -17,6 +17,8 @@ class HeadOutput:
             probability.
         fallback: `bool[n]`, whether so many rows could win that all were scored exactly.
         bytes_read: `int64[n]`, bytes of head and index read for this row if it were alone, counted.
+        upper: `float32[n]`, no row but the candidates has a larger logit, but for the failure
+            probability; or None.
         exact: for each hidden state the rows scored exactly, `int32[k]` ascending, or None.
     """
 
@@ -26,6 +28,7 @@ class HeadOutput:
     certified: Tensor
     fallback: Tensor
     bytes_read: Tensor
+    upper: Tensor | None = None
     exact: list[Tensor] | None = None
 
 
@@ -47,6 +50,24 @@ class NextToken:
     fallback: Tensor
     candidates: Tensor
     bytes_read: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of given tokens.
+
+    Args:
+        values: `float32[n]`, natural logarithms.
+        stderr: `float32[n]`, standard error of the normaliser's estimate, nats; the token's own
+            logit is exact.
+        logits: `float32[n]`, exact logits of the tokens.
+        log_z: `float32[n]`, log of the normaliser.
+    """
+
+    values: Tensor
+    stderr: Tensor
+    logits: Tensor
+    log_z: Tensor
 
 
 @dataclasses.dataclass

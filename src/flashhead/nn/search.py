@@ -22,6 +22,7 @@ def search_codes(
     *,
     failure_probability: float | None = None,
     winner_only: bool = False,
+    margin: float = 0.0,
 ) -> HeadOutput:
     """Scan all rows coarsely, refine the survivors plane by plane, score the last few exactly.
 
@@ -34,23 +35,32 @@ def search_codes(
         impl: "cpu" or "reference".
         failure_probability: None: the index's.
         winner_only: read only what decides the winner; the other logits are coarse estimates.
+        margin: nats below the winner down to which all rows are read exactly.
     """
     probability = index.options.failure_probability
     if failure_probability is not None:
         probability = failure_probability
     rows = bias.view(-1, index.vocab_size) if bias is not None else None
     budget = None if winner_only else index.options.kl_budget
-    found = cascade(hidden, weight, rows, index, plan, probability, budget, impl=impl)
+    found = cascade(
+        hidden, weight, rows, index, plan, probability, budget, impl=impl, margin=margin
+    )
     row_bytes = weight.shape[1] * weight.element_size()
-    sizes = torch.tensor([index.refine_row_bytes] * index.planes + [row_bytes])
+    sizes = [index.refine_row_bytes] * index.planes + [row_bytes]
     fixed = index.scan_bytes + (0 if bias is None else 4 * index.vocab_size)
+    # numbers of Python: an operator of torch costs more than a few of them
+    read = [
+        fixed + sum(count * size for count, size in zip(counts, sizes, strict=True))
+        for counts in found.read.tolist()
+    ]
     return HeadOutput(
         logits=found.scores,
         tokens=found.tokens,
         candidates=found.read[:, -1],
         certified=torch.ones(len(hidden), dtype=torch.bool),
         fallback=found.dense,
-        bytes_read=fixed + (found.read * sizes).sum(1),
+        bytes_read=torch.tensor(read, dtype=torch.int64),
+        upper=found.upper,
         exact=found.exact,
     )
 

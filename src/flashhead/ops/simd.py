@@ -1,8 +1,8 @@
 """What Numba lacks: bfloat16 as bits, a vectorisable exp, and the dot product of packed codes.
 
-`vpdpbusd` multiplies 4 unsigned by 4 signed bytes and adds the sum to an int32 lane. Two kinds of intrinsic
-build the inner loops of scan and refine around it; they are emitted only where `has_vnni()` says
-that the processor has AVX-512 VNNI.
+`vpdpbusd` multiplies 4 unsigned by 4 signed bytes and adds the sum to an int32 lane. Two kinds of
+intrinsic build the inner loops of scan and refine around it; they are emitted only where
+`has_vnni()` says that the processor has AVX-512 VNNI.
 """
 
 import functools
@@ -82,7 +82,13 @@ def _vpdpbusd(module: Any, lanes: int) -> Any:
 
 
 def _emit_dot(
-    builder: Any, codes: Any, queries: list[Any], count: Any, lanes: int, width: int, broadcast: bool
+    builder: Any,
+    codes: Any,
+    queries: list[Any],
+    count: Any,
+    lanes: int,
+    width: int,
+    broadcast: bool,
 ) -> list[Any]:
     """Loop over `count` vectors of packed words; returns the int32 lanes' sums for each query.
 
@@ -104,7 +110,7 @@ def _emit_dot(
     step = builder.phi(_I64)
     step.add_incoming(ir.Constant(_I64, 0), before)
     sums = [[builder.phi(vector) for _ in range(chains)] for _ in queries]
-    for total in (total for chain in sums for total in chain):
+    for total in (total for phis in sums for total in phis):
         total.add_incoming(constant(0), before)
     results = [list(chain) for chain in sums]
     word = builder.load(builder.gep(words, [step]))
@@ -122,8 +128,8 @@ def _emit_dot(
             results[q][chain] = builder.call(product, [results[q][chain], code, factor])
     following = builder.add(step, ir.Constant(_I64, 1))
     step.add_incoming(following, loop)
-    for chain, ends in zip(sums, results, strict=True):
-        for total, end in zip(chain, ends, strict=True):
+    for phis, ends in zip(sums, results, strict=True):
+        for total, end in zip(phis, ends, strict=True):
             total.add_incoming(end, loop)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
@@ -150,9 +156,7 @@ def _make_dot16(width: int, queries: int) -> Any:
             starts = [at(query, stride, q) for q in range(queries)]
             sums = _emit_dot(builder, codes, starts, words, 16, width, True)
             for q, total in enumerate(sums):
-                single = builder.inttoptr(
-                    at(factor, factor_stride, q), ir.FloatType().as_pointer()
-                )
+                single = builder.inttoptr(at(factor, factor_stride, q), ir.FloatType().as_pointer())
                 gain = _splat(builder, builder.load(single), 16)
                 place = builder.inttoptr(at(out, out_stride, q), floats.as_pointer())
                 old = builder.load(place)
@@ -202,7 +206,7 @@ def prefetch(_context, address):  # type: ignore[no-untyped-def]
             if known
             else ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
         )
-        read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        read, keep, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
         builder.call(function, [pointer, read, keep, data])
         return context.get_dummy_value()
 

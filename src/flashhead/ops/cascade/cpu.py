@@ -13,14 +13,23 @@ from torch import Tensor
 from flashhead.index.bound import SHARES, z_score
 from flashhead.index.codes import BLOCK_ROWS, CodesIndex
 from flashhead.ops import simd
-from flashhead.ops.cascade.api import BINS, BINS_A_NAT, DENSE_SHARE, PILOTS, Cascade
+from flashhead.ops.cascade.api import (
+    BINS,
+    BINS_A_NAT,
+    DENSE_SHARE,
+    FAR_NATS,
+    NEAR_NATS,
+    PILOTS,
+    SAMPLED_BLOCKS,
+    Cascade,
+)
 from flashhead.ops.refine.cpu import refine_kernel
 from flashhead.ops.rescore.cpu import rescore_kernel, weight_array
 from flashhead.ops.scan.cpu import (
     BLOCKS_A_TASK,
     FINITE,
-    QueryArrays,
     TASK_ROWS,
+    QueryArrays,
     index_arrays,
     new_scanned,
     plan_arrays,
@@ -29,9 +38,8 @@ from flashhead.ops.scan.cpu import (
 )
 from flashhead.ops.scan.query import ROUNDING, CodesPlan
 
+_NO_BIAS = np.empty((0, 0), np.float32)
 _BINS, _BINS_A_NAT = BINS, np.float32(BINS_A_NAT)
-_NEAR = 24.0
-"""Nats below the best estimate that the first histogram looks at."""
 
 
 @numba.njit(parallel=True, fastmath=simd.FASTMATH, cache=True)
@@ -137,10 +145,14 @@ def _loss(score, half, peak):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _block_losses(scales, scores, coefficients, floor, peak, first, count, losses, places):  # type: ignore[no-untyped-def]
+def _block_losses(  # type: ignore[no-untyped-def]
+    scales, scores, coefficients, floor, peak, first, count, losses, masses, places
+):
     widths(scales, coefficients, floor, first, count, losses)
     for i in range(count):
-        losses[i] = _loss(scores[first + i], losses[i] * np.float32(0.5), peak)
+        half = losses[i] * np.float32(0.5)
+        masses[i] += simd.fast_exp(min(scores[first + i] - peak - half, np.float32(80.0)))
+        losses[i] = _loss(scores[first + i], half, peak)
         places[i] = _bin(peak - scores[first + i])
 
 
@@ -153,33 +165,43 @@ def _block_reach(scales, scores, spread, floor, peak, first, count, reach, place
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
-def _near_losses(scales, scores, highest, coefficients, floor, peak, depth, tasks):  # type: ignore[no-untyped-def]
-    """Losses by bin: float64[BINS]; of blocks more than `depth` nats below the peak a bound, in the
-    last bin.
+def _base_losses(scales, scores, highest, coefficients, floor, peak, far_nats, tasks):  # type: ignore[no-untyped-def]
+    """Losses by bin, float64[BINS], and mass of all rows, by the sample that `api` describes.
+
+    Of blocks more than `far_nats` below the peak a bound of the loss, in the last bin.
     """
     blocks, rows = highest.shape[0], scores.shape[0]
-    bins = np.zeros((tasks, _BINS), np.float64)
+    stride = min(8, max(1, blocks // SAMPLED_BLOCKS))
+    bins, mass = np.zeros((tasks, _BINS), np.float64), np.zeros(tasks, np.float64)
     for t in numba.prange(tasks):
         places, losses = np.empty(BLOCK_ROWS, np.int32), np.empty(BLOCK_ROWS, np.float32)
+        near, drawn = np.zeros(BLOCK_ROWS, np.float32), np.zeros(BLOCK_ROWS, np.float32)
         far = np.float32(0)
         for block in range(blocks * t // tasks, blocks * (t + 1) // tasks):
-            if peak - highest[block] > depth:
-                far += simd.fast_exp(highest[block] - peak)
+            gap = peak - highest[block]
+            is_near = gap <= np.float32(NEAR_NATS)
+            if not is_near and block % stride != 0:
                 continue
-            first = block * BLOCK_ROWS
-            if first + BLOCK_ROWS <= rows:  # a constant trip count, so that it is vectorised
+            if gap > far_nats:
+                far += simd.fast_exp(-gap)
+                continue
+            first, part = block * BLOCK_ROWS, near if is_near else drawn
+            present = min(BLOCK_ROWS, rows - first)
+            if present == BLOCK_ROWS:  # a constant trip count, so that it is vectorised
                 _block_losses(
-                    scales, scores, coefficients, floor, peak, first, BLOCK_ROWS, losses, places
-                )
+                    scales, scores, coefficients, floor, peak, first, BLOCK_ROWS, losses, part,
+                    places,
+                )  # fmt: skip
             else:
-                losses[:] = 0
                 _block_losses(
-                    scales, scores, coefficients, floor, peak, first, rows - first, losses, places
+                    scales, scores, coefficients, floor, peak, first, present, losses, part, places
                 )
-            for i in range(min(BLOCK_ROWS, rows - first)):
-                bins[t, places[i]] += losses[i]
-        bins[t, _BINS - 1] += np.float64(far) * BLOCK_ROWS * growth(np.float32(4))
-    return bins.sum(0)
+            times = 1 if is_near else stride
+            for i in range(present):
+                bins[t, places[i]] += times * losses[i]
+        mass[t] = near.sum() + stride * drawn.sum()
+        bins[t, _BINS - 1] += np.float64(far) * stride * BLOCK_ROWS * growth(np.float32(4))
+    return bins.sum(0), mass.sum()
 
 
 @numba.njit(cache=True)
@@ -197,26 +219,42 @@ def _cut(losses, allowed):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
 def _first_survivors(  # type: ignore[no-untyped-def]
-    scales, scores, highest, upper, coefficients, spread, floor, threshold, peak, cut, buffer, counts
+    scales,
+    scores,
+    highest,
+    upper,
+    coefficients,
+    spread,
+    floor,
+    threshold,
+    peak,
+    cut,
+    buffer,
+    counts,
 ):
     """Rows that pass the base, by task in `buffer[task * TASK_ROWS :]`; fills `counts`.
 
-    Returns the loss of those that can win although they might be left.
+    Returns the loss of those that can win although they might be left, and the bound of the rest.
     """
     rows, blocks = scores.shape[0], highest.shape[0]
     saved = np.zeros(counts.shape[0], np.float64)
+    uppers = np.empty(counts.shape[0], np.float32)
     for task in numba.prange(counts.shape[0]):
         reach, places = np.empty(BLOCK_ROWS, np.float32), np.empty(BLOCK_ROWS, np.int32)
-        found = 0
+        found, bound = 0, np.float32(-np.inf)
         for block in range(task * BLOCKS_A_TASK, min(blocks, (task + 1) * BLOCKS_A_TASK)):
-            if _bin(peak - highest[block]) >= cut and upper[block] < threshold:
-                continue
             first = block * BLOCK_ROWS
             present = min(BLOCK_ROWS, rows - first)
+            if upper[block] < threshold:  # none of these can win
+                bound = max(bound, upper[block])
+                if _bin(peak - highest[block]) < cut:
+                    for i in range(present):
+                        if _bin(peak - scores[first + i]) < cut:
+                            buffer[task * TASK_ROWS + found] = first + i
+                            found += 1
+                continue
             if present == BLOCK_ROWS:
-                _block_reach(
-                    scales, scores, spread, floor, peak, first, BLOCK_ROWS, reach, places
-                )
+                _block_reach(scales, scores, spread, floor, peak, first, BLOCK_ROWS, reach, places)
             else:
                 _block_reach(scales, scores, spread, floor, peak, first, present, reach, places)
             for i in range(present):
@@ -226,8 +264,10 @@ def _first_survivors(  # type: ignore[no-untyped-def]
                     if places[i] >= cut and cut > 0:
                         half = _width(scales, coefficients, floor, first + i) / 2
                         saved[task] += _loss(scores[first + i], half, peak)
-        counts[task] = found
-    return saved.sum()
+                else:
+                    bound = max(bound, reach[i])
+        counts[task], uppers[task] = found, bound
+    return saved.sum(), uppers.max()
 
 
 @numba.njit(cache=True)
@@ -257,63 +297,80 @@ def _keep(  # type: ignore[no-untyped-def]
 ):
     """As `_first_survivors`, of listed rows: task t keeps some of entries t * TASK_ROWS ..."""
     saved = np.zeros(counts.shape[0], np.float64)
+    uppers = np.full(counts.shape[0], -np.inf, np.float32)
     for task in numba.prange(counts.shape[0]):
-        found = 0
+        found, bound = 0, np.float32(-np.inf)
         for i in range(task * TASK_ROWS, min(total, (task + 1) * TASK_ROWS)):
             row = buffer[i]
             needed = _bin(peak - scores[row]) < cut
-            if needed or scores[row] + np.sqrt(_width(scales, spread, floor, row)) >= threshold:
+            reach = scores[row] + np.sqrt(_width(scales, spread, floor, row))
+            if needed or reach >= threshold:
                 buffer[task * TASK_ROWS + found] = row
                 found += 1
                 if not needed and cut > 0:
                     half = _width(scales, coefficients, floor, row) / 2
                     saved[task] += _loss(scores[row], half, peak)
-        counts[task] = found
-    return saved.sum()
+            else:
+                bound = max(bound, reach)
+        counts[task], uppers[task] = found, bound
+    return saved.sum(), uppers.max() if counts.shape[0] > 0 else np.float32(-np.inf)
 
 
 @numba.njit(cache=True)
-def _mass(index, query, scanned, q, peak, pilots, exact):  # type: ignore[no-untyped-def]
-    """Mass of all rows relative to the peak, the pilots' by their exact scores."""
-    mass = 0.0
-    for task in range(scanned.peak.shape[1]):
-        height = np.exp(np.float64(scanned.peak[q, task]) - np.float64(peak))
-        mass += scanned.mass[q, task] * height
+def _base_cut(index, query, scanned, q, peak, pilots, exact, share, threads):  # type: ignore[no-untyped-def]
+    """First bin whose rows the base estimate may leave, what they lose, and the mass of all rows.
+
+    The pilots' mass is that of their exact scores; `share` of the mass may be lost.
+    """
+    scores, variance, floor = scanned.estimates[q], query.variance[q, 0], query.floor[q]
+    moved = 0.0
     for i in range(pilots.shape[0]):
-        half = _width(index.scale, query.variance[q, 0], query.floor[q], pilots[i]) / 2
-        drawn = scanned.estimates[q, pilots[i]] - half
-        mass += np.exp(np.float64(exact[i] - peak)) - np.exp(np.float64(drawn - peak))
-    return mass
-
-
-@numba.njit(cache=True)
-def _base_cut(index, query, scanned, q, peak, allowed, threads):  # type: ignore[no-untyped-def]
-    """First bin whose rows the base estimate may leave, and what they lose."""
-    for depth in (_NEAR, 1e10):
-        losses = _near_losses(
-            index.scale, scanned.estimates[q], scanned.highest[q], query.variance[q, 0],
-            query.floor[q], peak, np.float32(depth), threads,
+        half = _width(index.scale, variance, floor, pilots[i]) / 2
+        moved += np.exp(np.float64(exact[i] - peak))
+        moved -= np.exp(np.float64(scores[pilots[i]] - half - peak))
+    cut, left, mass = 0, 0.0, 0.0
+    for far_nats in (FAR_NATS, 1e10):
+        losses, mass = _base_losses(
+            index.scale, scores, scanned.highest[q], variance, floor, peak,
+            np.float32(far_nats), threads,
         )  # fmt: skip
-        cut, left = _cut(losses, allowed)
-        if cut < _NEAR * _BINS_A_NAT:
+        mass += moved
+        cut, left = _cut(losses, share * mass)
+        if cut < FAR_NATS * BINS_A_NAT:
             break
-    return cut, left
+    return cut, left, mass
 
 
 @numba.njit(cache=True)
 def _narrow(  # type: ignore[no-untyped-def]
-    index, plan, query, scanned, q, pilots, exact, budget, shares, buffer, read, threads, vnni
+    index,
+    plan,
+    query,
+    scanned,
+    q,
+    pilots,
+    exact,
+    margin,
+    budget,
+    shares,
+    buffer,
+    read,
+    threads,
+    vnni,
 ):
-    """Rows to read exactly, in `buffer`; returns how many; budget < 0: the winner alone counts."""
+    """Rows to read exactly, in `buffer`; returns how many, and the bound of all others.
+
+    budget < 0: the winner alone counts.
+    """
     scores, floor, scales = scanned.estimates[q], query.floor[q], index.scale
-    peak, threshold, cut, spent = scanned.peak[q].max(), exact.max(), 0, 0.0
+    peak, threshold, cut, spent = scanned.peak[q].max(), exact.max() - margin, 0, 0.0
     mass, left = 0.0, 0.0
     if budget >= 0:
-        mass = _mass(index, query, scanned, q, peak, pilots, exact)
-        allowed = budget * shares[0] * mass
-        cut, left = _base_cut(index, query, scanned, q, peak, allowed, threads)
+        cut, left, mass = _base_cut(
+            index, query, scanned, q, peak, pilots, exact, budget * shares[0], threads
+        )
     counts = np.empty(scanned.peak.shape[1], np.int64)
-    saved = _first_survivors(
+    saved, upper = _first_survivors(
         scales, scores, scanned.highest[q], scanned.upper[q], query.variance[q, 0],
         query.spread[q, 0], floor, threshold, peak, cut, buffer, counts,
     )  # fmt: skip
@@ -327,23 +384,26 @@ def _narrow(  # type: ignore[no-untyped-def]
             losses = _list_losses(scales, scores, variance, floor, peak, buffer, count, threads)
             cut, left = _cut(losses, budget * shares[plane] * mass - spent)
         counts = np.empty((count + TASK_ROWS - 1) // TASK_ROWS, np.int64)
-        saved = _keep(
+        saved, bound = _keep(
             scales, scores, variance, query.spread[q, plane], floor, threshold, peak, cut, buffer,
             counts, count,
         )  # fmt: skip
-        count = _compact(buffer, counts)
-    return count
+        count, upper = _compact(buffer, counts), max(upper, bound)
+    return count, upper
 
 
 @numba.njit(cache=True)
-def search(hidden, index, plan, weight, bias, z, deterministic, budget, shares, threads, vnni):  # type: ignore[no-untyped-def]
+def search(  # type: ignore[no-untyped-def]
+    hidden, index, plan, weight, bias, z, deterministic, margin, budget, shares, threads, vnni
+):
     """All of `api`'s steps for n hidden states float32[n, d]."""
     n, rows, stages = hidden.shape[0], index.direction.shape[0], plan.error.shape[0]
     query = _prepare(hidden, index, plan, z, deterministic)
     scanned = new_scanned(n, rows)
-    scan_kernel(index, plan, query, bias, budget >= 0, scanned, vnni)
+    scan_kernel(index, plan, query, bias, scanned, vnni)
     buffers = np.empty((n, scanned.peak.shape[1] * TASK_ROWS), np.int32)
     tokens, best = np.empty(n, np.int64), np.empty(n, np.float32)
+    uppers = np.empty(n, np.float32)
     read, dense = np.zeros((n, stages), np.int64), np.zeros(n, np.bool_)
     pilots = np.empty(PILOTS, np.int32)
     empty = np.empty(0, np.float32)
@@ -357,12 +417,12 @@ def search(hidden, index, plan, weight, bias, z, deterministic, budget, shares, 
         rescore_kernel(hidden[q], weight, added, pilots, head, scores)
         exact = scores[pilots[:head]].copy()
         scores[pilots[:head]] = kept
-        count = _narrow(
-            index, plan, query, scanned, q, pilots[:head], exact, budget, shares, buffer, read,
-            threads, vnni,
+        count, uppers[q] = _narrow(
+            index, plan, query, scanned, q, pilots[:head], exact, margin, budget, shares, buffer,
+            read, threads, vnni,
         )  # fmt: skip
         if count > DENSE_SHARE * rows:
-            dense[q], count = True, rows
+            dense[q], count, uppers[q] = True, rows, -np.inf
             for row in range(rows):
                 buffer[row] = row
         rescore_kernel(hidden[q], weight, added, buffer, count, scores)
@@ -374,7 +434,7 @@ def search(hidden, index, plan, weight, bias, z, deterministic, budget, shares, 
             if scores[buffer[i]] > scores[winner]:
                 winner = buffer[i]
         tokens[q], best[q] = winner, scores[winner]
-    return scanned.estimates, tokens, best, read, dense, buffers
+    return scanned.estimates, tokens, best, uppers, read, dense, buffers
 
 
 @numba.njit(cache=True)
@@ -407,23 +467,32 @@ def cascade(
     plan: CodesPlan,
     failure_probability: float,
     kl_budget: float | None,
+    margin: float,
 ) -> Cascade:
     """Search the codes of a head; see `api.cascade`."""
-    scores, tokens, best, read, dense, buffers = search(
+    if "cpu" not in plan.memo:
+        plan.memo["cpu"] = index_arrays(index), plan_arrays(plan), simd.has_vnni()
+    arrays, planned, vnni = plan.memo["cpu"]
+    scores, tokens, best, uppers, read, dense, buffers = search(
         hidden.float().contiguous().numpy(),
-        index_arrays(index),
-        plan_arrays(plan),
+        arrays,
+        planned,
         weight_array(weight),
-        np.empty((0, 0), np.float32) if bias is None else bias.contiguous().numpy(),
+        _NO_BIAS if bias is None else bias.contiguous().numpy(),
         np.float32(z_score(failure_probability, plan.stages)),
         failure_probability == 0,
+        np.float32(margin),
         -1.0 if kl_budget is None else kl_budget,
         SHARES[plan.stages - 1],
         numba.get_num_threads(),
-        simd.has_vnni(),
+        vnni,
     )
-    rows = [buffers[n, : read[n, -1]] for n in range(len(tokens))]
     return Cascade(
-        *(torch.from_numpy(array) for array in (scores, tokens, best, read, dense)),
-        exact=[torch.from_numpy(own) for own in rows],
+        torch.from_numpy(scores),
+        torch.from_numpy(tokens),
+        torch.from_numpy(best),
+        torch.from_numpy(uppers),
+        torch.from_numpy(read),
+        torch.from_numpy(dense),
+        [torch.from_numpy(buffers[n, : read[n, -1]]) for n in range(len(tokens))],
     )

@@ -11,7 +11,7 @@ from flashhead.ops.scan.cpu import FINITE, index_arrays, plan_arrays, query_arra
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 _ROWS_A_TASK = 256
-_AHEAD = 8
+_AHEAD = 16
 
 
 @numba.njit(inline="always")

@@ -4,7 +4,7 @@ With AVX-512 VNNI a block of 16 rows is one vector: a word of each row is loaded
 often as it has fields shifted, masked and multiplied by a broadcast of 4 query bytes in one
 `vpdpbusd`; four queries share the unpacking. Elsewhere LLVM vectorises a plain loop over the same
 layout. What selection needs of all rows is gathered while a block is in registers: the largest
-estimate and the largest upper bound of each block, and the probability mass of each task.
+estimate and the largest upper bound of each block, and the best row of each task.
 """
 
 from typing import NamedTuple
@@ -68,14 +68,13 @@ class QueryArrays(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a scan leaves: estimates, and maxima and masses of blocks and tasks."""
+    """What a scan leaves: estimates, and maxima of blocks and tasks."""
 
     estimates: np.ndarray  # float32[n, V]
     highest: np.ndarray  # float32[n, blocks]: largest estimate
     upper: np.ndarray  # float32[n, blocks]: largest estimate + spread
     peak: np.ndarray  # float32[n, tasks]: largest estimate
     best: np.ndarray  # int64[n, tasks]: its row
-    mass: np.ndarray  # float64[n, tasks]: sum of exp(estimate - variance / 2 - peak)
 
 
 def index_arrays(index: CodesIndex) -> IndexArrays:
@@ -92,8 +91,8 @@ def index_arrays(index: CodesIndex) -> IndexArrays:
 
 def plan_arrays(plan: CodesPlan) -> PlanArrays:
     """Arrays that share memory with a plan."""
-    values = [getattr(plan, name) for name in PlanArrays._fields]
-    return PlanArrays(*(v.numpy() if isinstance(v, torch.Tensor) else v for v in values))
+    values = {name: getattr(plan, name) for name in PlanArrays._fields}
+    return PlanArrays(**{k: v if k == "reach" else v.numpy() for k, v in values.items()})
 
 
 def query_arrays(query: CodesQuery) -> QueryArrays:
@@ -185,8 +184,8 @@ def _finish_block(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
-def scan_kernel(index, plan, query, bias, weigh, scanned, vnni):  # type: ignore[no-untyped-def]
-    """Fill `scanned`; bias `float32[0 | 1 | n, V]`; masses only if `weigh`."""
+def scan_kernel(index, plan, query, bias, scanned, vnni):  # type: ignore[no-untyped-def]
+    """Fill `scanned`; bias `float32[0 | 1 | n, V]`."""
     base, runs, owner = index.base, plan.runs, plan.run_segment
     blocks, rows, n = base.shape[0], index.direction.shape[0], query.integers.shape[0]
     segments = index.scale.shape[0]
@@ -199,14 +198,14 @@ def scan_kernel(index, plan, query, bias, weigh, scanned, vnni):  # type: ignore
             offset[q, g] = query.total[q, g] * plan.step[g] * plan.centre[g]
     # arrays, not the tuples: what a parallel loop writes through a tuple is lost
     integers, along, shift = query.integers, query.along, query.shift
-    variance, spread, floor = query.variance, query.spread, query.floor
+    spread, floor = query.spread, query.floor
     scales, direction, estimates = index.scale, index.direction, scanned.estimates
     highest, uppers = scanned.highest, scanned.upper
-    peaks, bests, masses = scanned.peak, scanned.best, scanned.mass
+    peaks, bests = scanned.peak, scanned.best
     empty = np.empty(0, np.float32)
     for task in numba.prange((blocks + BLOCKS_A_TASK - 1) // BLOCKS_A_TASK):
         dots = np.empty((4, segments, BLOCK_ROWS), np.float32)
-        upper, width = np.empty(BLOCK_ROWS, np.float32), np.empty(TASK_ROWS, np.float32)
+        upper = np.empty(BLOCK_ROWS, np.float32)
         for block in range(task * BLOCKS_A_TASK, min(blocks, (task + 1) * BLOCKS_A_TASK)):
             first = block * BLOCK_ROWS
             present = min(BLOCK_ROWS, rows - first)
@@ -238,10 +237,6 @@ def scan_kernel(index, plan, query, bias, weigh, scanned, vnni):  # type: ignore
         for own in range(n):
             best, peak = _best_of_task(task, highest[own], estimates[own])
             peaks[own, task], bests[own, task] = peak, best
-            if weigh:
-                masses[own, task] = _mass_of_task(
-                    task, estimates[own], peak, scales, variance[own, 0], floor[own], width
-                )
 
 
 @numba.njit(inline="always")
@@ -259,18 +254,6 @@ def _best_of_task(task, highest, estimates):  # type: ignore[no-untyped-def]
     return best, peak
 
 
-@numba.njit(inline="always")
-def _mass_of_task(task, estimates, peak, scales, variance, floor, width):  # type: ignore[no-untyped-def]
-    """Mass of one task's rows, while they are in the cache; `width` is memory for TASK_ROWS."""
-    first = task * TASK_ROWS
-    count = min(TASK_ROWS, estimates.shape[0] - first)
-    widths(scales, variance, floor, first, count, width)
-    mass = np.float32(0)
-    for i in range(count):
-        mass += simd.fast_exp(estimates[first + i] - peak - width[i] * np.float32(0.5))
-    return mass
-
-
 @numba.njit(cache=True)
 def new_scanned(n, rows):  # type: ignore[no-untyped-def]
     """Memory for a scan of n queries."""
@@ -282,7 +265,6 @@ def new_scanned(n, rows):  # type: ignore[no-untyped-def]
         np.empty((n, blocks), np.float32),
         np.empty((n, tasks), np.float32),
         np.empty((n, tasks), np.int64),
-        np.zeros((n, tasks), np.float64),
     )
 
 
@@ -293,5 +275,5 @@ def scan(
     scanned = new_scanned(len(query.integers), index.vocab_size)
     added = np.empty((0, 0), np.float32) if bias is None else bias.contiguous().numpy()
     arrays = index_arrays(index), plan_arrays(plan), query_arrays(query)
-    scan_kernel(*arrays, added, False, scanned, simd.has_vnni())
+    scan_kernel(*arrays, added, scanned, simd.has_vnni())
     return torch.from_numpy(scanned.estimates)

@@ -22,6 +22,7 @@ sum_g scale_gv B_jg <= sqrt(G sum_g scale_gv^2 B_jg^2) with
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class CodesPlan:
         worst: `float32[S, G]`.
         energy: `float32[G]`.
         reach: largest |direction|, for the floor.
+        memo: what an implementation derives from index and plan, by its name.
     """
 
     runs: Tensor
@@ -95,6 +97,7 @@ class CodesPlan:
     worst: Tensor
     energy: Tensor
     reach: float
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def stages(self) -> int:
