@@ -26,7 +26,7 @@ from flashhead.index.build_codes import build_codes
 from flashhead.index.clusters import CENTROID_DTYPES, ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.method_names import CALIBRATED_METHODS, METHODS
-from flashhead.nn.output import HeadOutput
+from flashhead.nn.output import HeadOutput, NextToken
 from flashhead.nn.search import search_codes
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.scan.query import make_plan
@@ -50,6 +50,9 @@ class SearchHead(Head, Searchable, Protocol):
 
     kind: str
     index: Any
+
+    def next_token(self, hidden: Tensor, *, failure_probability: float) -> NextToken:
+        """Certified winners of `bf16/f32[n, d]`, by a codes index."""
 
 
 def families(
@@ -154,7 +157,7 @@ def _searched(head: Searchable, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]
     return output.logits, _counts(output)
 
 
-def _counts(output: HeadOutput) -> dict[str, Tensor]:
+def _counts(output: HeadOutput | NextToken) -> dict[str, Tensor]:
     names = ("bytes_read", "candidates", "certified", "fallback")
     return {name: getattr(output, name) for name in names}
 
@@ -234,9 +237,14 @@ def _certified(head: SearchHead, indexes: _Indexes) -> Family:
     index, probability = indexes.codes(), indexes.failure_probability
     search = _search(head, index, failure_probability=probability, winner_only=True)
 
+    def choose(hidden: Tensor) -> HeadOutput | NextToken:
+        if index is head.index:
+            return head.next_token(hidden, failure_probability=probability)
+        return search(hidden, index)  # codes beside the head's own clusters
+
     def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
-        output = search(chunk.hidden, index)
-        yield "certified", {"agree": chunk.truth.chosen(output.tokens), **_counts(output)}
+        found = choose(chunk.hidden)
+        yield "certified", {"agree": chunk.truth.chosen(found.tokens), **_counts(found)}
 
     return Family("certified", {"certified": ("certified", f"p={probability:g}")}, measure)
 
