@@ -79,7 +79,7 @@ def test_winners_are_not_biased(bits):
 
 
 @pytest.mark.xfail(
-    reason="clipped coordinates: a few rows err 5 times the mean, and sigma is that of the mean"
+    reason="clipped coordinates: a few rows err many times the mean, and sigma is that of the mean"
 )
 def test_right_sigma_of_two_planes(deep):
     """Tails of 2e-3 beyond 4 sigma, where the certificate assumes 6e-5: here in segments of 32."""

@@ -438,7 +438,7 @@ def test_certified_without_codes_wants_states(case):
     head = FlashHead(linear, case.plain, impl="reference", sample=case.chunk.hidden)
     with pytest.raises(FlashHeadError, match=r"'certified'.*calibration"):
         families(head, ["certified"])
-    with pytest.raises(FlashHeadError, match="failure_probability=0.5"):
+    with pytest.raises(FlashHeadError, match=r"failure_probability=0\.5"):
         families(case.head, ["certified"], failure_probability=0.5)
 
 

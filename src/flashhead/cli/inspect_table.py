@@ -48,13 +48,13 @@ def _print_errors(errors: dict[str, Any]) -> None:
         f"\nerror model: (estimate - float32 logit) / sigma, {errors['positions']:,} positions x "
         f"{errors['rows']:,} rows; wanted std {low} to {high}\n"
         f"{'':<10}{'mean':>17}{'std':>17}{'beyond 3':>19}{'beyond 4':>19}"
-        f"{'winner mean':>15}{'rms':>15}{'needed z p99, max':>20}{'lost':>6}"
+        f"{'winner mean':>15}{'rms':>15}{'needed z p99, max':>20}{'lost':>8}"
     )
     gaussian = errors["gaussian_beyond"]
     lost = next(iter(errors["stages"].values()))["expected_lost"]
     print(
         f"{'Gaussian':<10}{'0':>17}{'1':>17}{gaussian['3']:>19.2e}{gaussian['4']:>19.2e}"
-        f"{'0':>15}{'1':>15}{'at most ' + format(errors['z'], '.2f'):>20}{lost:>6.1g}"
+        f"{'0':>15}{'1':>15}{'at most ' + format(errors['z'], '.2f'):>20}{lost:>8.1g}"
     )
     for name, stage in errors["stages"].items():
         mean, std = (_with_error(stage[key], ".4f") for key in ("mean", "std"))
@@ -63,7 +63,7 @@ def _print_errors(errors: dict[str, Any]) -> None:
         needed = f"{stage['needed_z']['p99']:.2f}, {stage['needed_z']['max']:.2f}"
         print(
             f"{name:<10}{mean:>17}{std:>17}{tails[0]:>19}{tails[1]:>19}{winner[0]:>15}{winner[1]:>15}"
-            f"{needed:>20}{stage['lost']:>6,}"
+            f"{needed:>20}{stage['lost']:>8,}"
             + ("  sigma larger than need be" if stage["too_large"] else "")
         )
 
