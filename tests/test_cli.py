@@ -45,7 +45,7 @@ MISTAKES = {
     ): "model './nowhere': no such file or folder; wanted gemma-3-270m",
     ("demo", "--set", "bits"): "argument --set: 'bits': wanted NAME=VALUE",
     ("demo", "--set", "bits=many"): "--set bits=many: wanted float",
-    ("demo", "--set", "bits=99"): "bits=99.0: wanted 0.25 to 6",
+    ("demo", "--set", "bits=99"): "bits=99.0: wanted 1 to 4, or None",
     ("demo", "--set", "probes=9"): "unknown option 'probes'",
     ("demo", "--head", "clusters", "--set", "always=1,x"): "wanted token ids",
     ("demo", "--head", "dense"): "argument --head: invalid choice: 'dense'",
@@ -68,6 +68,24 @@ MISTAKES = {
     ("eval", "head", "--model", "gemma-3-270m", "--methods", "int8,int3"): (
         "argument --methods: 'int3': wanted all, flashhead"
     ),
+    ("eval", "head", "--model", "x", "--data", "README.md", "--failure-probability", "0"): (
+        "--failure-probability without --certified"
+    ),
+    ("eval", "head", "--model", "x", "--failure-probability", "0.5"): (
+        "argument --failure-probability: '0.5'"
+    ),
+    (
+        "eval",
+        "frontier",
+        "--model",
+        "x",
+        "--data",
+        "README.md",
+        "--methods",
+        "bf16",
+        "--skip",
+        "bf16,int8",
+    ): "--skip leaves no",
     ("eval", "frontier"): "--model is missing: wanted --model and --data, or --from JSON",
     ("eval", "frontier", "--model", "gemma-3-270m"): "--data is missing",
     ("eval", "frontier", "--from", "no.json"): "argument --from: 'no.json': no such file",
@@ -413,3 +431,41 @@ def test_eval_and_bench(converted, tmp_path):
     assert last_document(flashhead("bench", "head", *model, *short))["rows"]
     short = ("--new-tokens", "4", "--repeats", "1", "--json")
     assert last_document(flashhead("bench", "decode", *model, *short))["speedup"] > 0
+
+
+def test_convert_tells_the_choice(tiny_folder, tmp_path, capsys):
+    """A choice of bits that nobody can look up afterwards, or a table of another index."""
+    few = ("--set", "calibration_tokens=128")
+    assert main(["convert", tiny_folder, str(tmp_path / "a"), *few, "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    expected, built = report["expectation"], report["parameters"]["options"]
+    for name in ("bits", "planes", "kl_budget"):
+        assert expected[name] == built[name]
+    assert expected["chosen"] in expected["table"]
+    assert (expected["chosen"]["bits"], expected["chosen"]["planes"]) == (
+        *(built["bits"], built["planes"]),
+    )
+    (line,) = (line for line in captured.err.splitlines() if line.endswith("  built"))
+    assert line.split()[:2] == [f"{built['bits']:g}", str(built["planes"])]
+    assert f"KL at most {built['kl_budget']:.1e}" in captured.err
+    options = ("--head", "clusters", "--set", "probes=2")
+    assert main(["convert", tiny_folder, str(tmp_path / "b"), *few, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["expectation"] is None
+
+
+def test_eval_head_certified(tiny_folder, tmp_path, capsys):
+    """A mode that runs with another failure probability than the one asked for."""
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{3 + 7 * i % 500}" for i in range(400)))
+    command = ["eval", "head", "--model", tiny_folder, "--set", "calibration_tokens=128"]
+    command += ["--data", str(text), "--positions", "20", "--certified", "--json"]
+    fractions = []
+    for options in ([], ["--failure-probability", "0"]):
+        assert main([*command, *options]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["failure_probability"] == (0 if options else 1e-6)
+        assert (document["certified_agreement"], document["certified_wrong"]) == (1, 0)
+        assert 0 <= document["fallback_fraction"] <= 1
+        fractions.append(document["certified_bytes_fraction"])
+    assert fractions[0] < fractions[1]

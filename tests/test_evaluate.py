@@ -61,6 +61,7 @@ class SearchedLinear(nn.Linear):
             logits=self.changed(self.exact(hidden)),
             candidates=torch.arange(n) + 3,
             certified=torch.arange(n) % 2 == 0,
+            fallback=torch.arange(n) % 5 == 0,
             bytes_read=torch.arange(n) * 10 + 1000,
         )
 
@@ -156,6 +157,7 @@ def test_document_equals_slow_computation(text_file):
     assert document["candidates_p99"] == pytest.approx(np.quantile(counts + 3, 0.99))
     assert document["certified_fraction"] == pytest.approx((counts % 2 == 0).mean())
     assert document["certified_wrong"] == (~agree & (counts % 2 == 0)).sum()
+    assert document["fallback_fraction"] == pytest.approx((counts % 5 == 0).mean())
     dense_bytes = 2 * (V * D + V)
     wanted_fraction = (counts * 10 + 1000).mean() / dense_bytes
     assert document["bytes_fraction"] == pytest.approx(wanted_fraction)

@@ -20,11 +20,13 @@ from flashhead.evaluate.methods import families
 from flashhead.evaluate.metrics import Reference, Totals, argmax
 from flashhead.index.build_clusters import build_clusters
 from flashhead.index.build_codes import build_codes
+from flashhead.method_names import METHODS, TABLE_METHODS
 from flashhead.nn.head import FlashHead
+from flashhead.nn.search import search_codes
 from flashhead.ops.refine.api import refine
-from flashhead.ops.scan.api import scan
+from flashhead.ops.scan.api import scan, variances
 from flashhead.ops.scan.query import make_plan, make_query
-from flashhead.options import METHODS, TABLE_METHODS, ClustersOptions, CodesOptions
+from flashhead.options import ClustersOptions, CodesOptions
 
 V, D, SIZE = 333, 24, 16
 PROBES = (1, 3, 8, 64)  # 21 clusters: 64 is all of them
@@ -54,7 +56,7 @@ def case():
     plain = dataclasses.replace(
         clusters, always=clusters.always[:0], options=dataclasses.replace(options, always=())
     )
-    codes = build_codes(weight, CodesOptions(bits=1.0), states[:300])
+    codes = build_codes(weight, CodesOptions(bits=1.0, planes=2), states[:300])
     head = FlashHead(make_linear(weight, bias), codes, impl="reference", sample=states[:8])
     hidden = states[300:305] / 8  # flat enough that few probes miss
     exact = baselines.float32_logits(hidden, weight, bias)
@@ -187,37 +189,40 @@ def test_probes_of_a_sweep_are_a_head_of_that_many_probes(case, monkeypatch):
 
 
 def test_clusters_then_codes(case, monkeypatch):
-    """Catches rows chosen that cannot win (or the reverse), sigma of another row, estimates of base
-    codes in place of refined ones, and codes or rows left out of the bytes.
+    """Catches rows chosen that cannot win (or the reverse), sigma of another row, estimates with a
+    plane too few, and codes or rows left out of the bytes.
     """
     z = 12.0  # so that the rule drops rows and keeps more than the best
-    codes = dataclasses.replace(case.codes, options=dataclasses.replace(case.codes.options, z=z))
+    monkeypatch.setattr(probed, "index_z", lambda codes: z)
+    codes = case.codes
     family = probed.clusters_codes_family(case.head, case.plain, codes, "reference", PROBES)
     rows = measured(family, case.chunk, monkeypatch)
     sweep = measured(
         probed.clusters_family("c", case.head, {"c": case.plain}, PROBES), case.chunk, monkeypatch
     )
-    query = make_query(case.chunk.hidden, codes, make_plan(codes), impl="reference")
-    bias = case.head.bias.float()
-    base = scan(query, codes, make_plan(codes), bias, impl="reference")
+    plan = make_plan(codes)
+    query = make_query(case.chunk.hidden, codes, plan, 1e-6)
+    base = scan(query, codes, plan, case.head.bias.float()[None], impl="reference")
+    sigmas = variances(query, codes, 2).sqrt()
     every = torch.arange(V)
     for P, n in itertools.product(PROBES, range(len(base))):
         logits, figures = rows[f"clusters-codes-p{P}"]
         plain, counted = sweep[f"c-p{P}"]
-        estimates = refine(query, n, codes, every, base[n], impl="reference").double()
-        coding, rounding = query.refined_variance[n].double()
-        sigma = (
-            coding * codes.error[1].double() ** 2 + rounding * codes.scale.double() ** 2
-        ).sqrt()
+        estimates = base[n]
+        for plane in (1, 2):
+            estimates = refine(query, n, codes, plan, plane, every, estimates, impl="reference")
+        estimates, sigma = estimates.double(), sigmas[n].double()
         order = sweep_order(case, P)[n]
         probed_tokens = torch.isin(case.plain.cluster_of, order)
-        lowest = (estimates - z * sigma)[probed_tokens].max()
-        chosen = probed_tokens & (estimates + z * sigma >= lowest)
+        pilot = estimates.where(probed_tokens, -math.inf).argmax()
+        chosen = probed_tokens & (estimates + z * sigma >= case.chunk.exact[n, pilot])
+        chosen[pilot] = True
         wanted = torch.where(probed_tokens, estimates, plain[n].double())
         wanted[chosen] = case.chunk.exact[n, chosen].double()
         torch.testing.assert_close(logits[n].double(), wanted, rtol=2**-20, atol=2**-20)
         assert figures["candidates"][n] == chosen.sum()
-        code_bytes = codes.base.shape[1] * 4 + 2 + 4 + codes.refine_row_bytes
+        scales = 2 * len(codes.segments)
+        code_bytes = codes.base.shape[1] * 4 + scales + 4 + 2 * codes.refine_row_bytes
         read = case.plain.scan_bytes + len(order) * case.plain.probe_bytes
         read += 2 * codes.transform.numel() + 4 * codes.exact.numel()
         read += int(counted["candidates"][n]) * code_bytes + int(chosen.sum()) * (2 * D + 4)
@@ -390,9 +395,8 @@ def test_codes_curve_is_heads_with_those_options(case, monkeypatch):
     family = families(case.head, ["codes"], case.chunk.hidden)[0]
     rows = measured(family, case.chunk, monkeypatch)
     for row, (logits, figures) in rows.items():
-        name = "kl_budget" if row.startswith("codes-kl") else "z"
-        value = float(row.removeprefix("codes-kl").removeprefix("codes-z"))
-        options = dataclasses.replace(case.codes.options, **{name: value})
+        budget = float(row.removeprefix("codes-kl"))
+        options = dataclasses.replace(case.codes.options, kl_budget=budget)
         index = dataclasses.replace(case.codes, options=options)
         wanted = FlashHead(case.head, index, impl="reference").search(case.chunk.hidden)
         assert torch.equal(logits, wanted.logits)
@@ -402,6 +406,40 @@ def test_codes_curve_is_heads_with_those_options(case, monkeypatch):
         float(rows[f"codes-kl{x}"][1]["bytes_read"].double().mean()) for x in ("0.01", "5e-05")
     ]
     assert reads[0] < reads[1]
+
+
+@pytest.mark.parametrize("probability", [1e-6, 0.01, 0.0])
+def test_certified_is_the_search_for_the_winner(case, monkeypatch, probability):
+    """Catches another failure probability than the one asked for, complete logits paid for, and a
+    deterministic bound that is none.
+    """
+    family = families(case.head, ["certified"], failure_probability=probability)[0]
+    assert family.rows == {"certified": ("certified", f"p={probability:g}")}
+    _, figures = measured(family, case.chunk, monkeypatch)["certified"]
+    codes, plan = case.codes, make_plan(case.codes)
+    how = {"failure_probability": probability, "winner_only": True}
+    args = (case.chunk.hidden, case.head.weight, case.head.bias.float(), codes, plan)
+    wanted = search_codes(*args, "reference", **how)
+    truth = capped(case.chunk.exact)
+    agree = truth.gather(1, wanted.tokens[:, None])[:, 0] == truth.amax(1)
+    assert torch.equal(figures["agree"], agree)
+    assert figures["agree"].all()
+    for name in ("bytes_read", "candidates", "certified", "fallback"):
+        assert torch.equal(figures[name], getattr(wanted, name))
+    whole = case.head.search(case.chunk.hidden)
+    if probability > 0:
+        assert (figures["bytes_read"] <= whole.bytes_read).all()
+    assert "kl" not in figures
+
+
+def test_certified_without_codes_wants_states(case):
+    """Catches a codes index built from nothing beside a head of clusters."""
+    linear = make_linear(case.head.weight, case.head.bias)
+    head = FlashHead(linear, case.plain, impl="reference", sample=case.chunk.hidden)
+    with pytest.raises(FlashHeadError, match=r"'certified'.*calibration"):
+        families(head, ["certified"])
+    with pytest.raises(FlashHeadError, match=r"failure_probability=0\.5"):
+        families(case.head, ["certified"], failure_probability=0.5)
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "fp8", "int4", "int4-g128"])
@@ -452,14 +490,24 @@ def test_everything_on_one_text(tmp_path):
         assert row["point"]
         assert row["bytes_fraction"] > 0
         assert row["agreement"] == pytest.approx(fast[name]["agreement"], abs=1e-9)
+        if name == "certified":
+            assert row["kl"] is None
+            continue
         assert row["kl"] == pytest.approx(fast[name]["kl"], abs=1e-6 * (1 + row["kl"]))
+    certified = documents[0]["methods"]["certified"]
+    assert documents[0]["failure_probability"] == 1e-6
+    assert documents[0]["certified_agreement"] == certified["agreement"] == 1
+    assert documents[0]["certified_bytes_fraction"] == certified["bytes_fraction"]
+    assert documents[0]["certified_wrong"] == certified["certified_wrong"] == 0
+    assert documents[0]["fallback_fraction"] == certified["fallback_fraction"]
     table = format_table(documents[1])
     assert all(name in table for name in slow if name != "flashhead")
+    assert "certified greedy (p=1e-06)" in table
 
 
 def test_mistakes_are_named(case):
     """Catches a misspelt method that is skipped, and clusters built from no calibration states."""
-    with pytest.raises(FlashHeadError, match="methods='int3': wanted flashhead, codes"):
+    with pytest.raises(FlashHeadError, match="methods='int3': wanted flashhead, certified"):
         families(case.head, ["int8", "int3"])
     with pytest.raises(FlashHeadError, match=r"'clusters'.*calibration"):
         families(case.head, [*TABLE_METHODS, "clusters"])

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import clustered_head
+from test_error_model import with_sigma
 from torch import nn
 
 from flashhead.cli import main
@@ -31,8 +32,7 @@ def flash_head(weight, hidden, sigma=1.0):
     """A FlashHead over a weight; `sigma` falsifies its standard errors."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    index = build_codes(weight, CodesOptions(), hidden)
-    index = dataclasses.replace(index, error=(index.error.float() * sigma).bfloat16())
+    index = with_sigma(build_codes(weight, CodesOptions(), hidden), sigma)
     return FlashHead(linear, index, impl="cpu", sample=hidden[:64])
 
 
@@ -151,7 +151,8 @@ def test_ranks_are_the_definitions(steep):
     _, hidden = clustered_head(4096, 192, states=1280)
     (chunk,) = estimate_chunks(head.index, head.weight, None, hidden[1024:1064])
     ranks = winner_ranks(chunk)
-    for stage in range(2):
+    assert len(ranks) == head.index.planes + 1
+    for stage in range(len(ranks)):
         for n in range(40):
             order = chunk.estimate[stage, n].sort(descending=True, stable=True).indices.tolist()
             assert ranks[stage, n] == 1 + order.index(int(chunk.truth[n].argmax()))

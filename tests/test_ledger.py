@@ -37,12 +37,14 @@ def test_sliding_window_and_experts():
     assert book.body_bytes == 32 / 4 + 8
 
 
-@pytest.mark.parametrize(("rows", "dims", "bits"), [(1000, 64, 1.5), (33, 17, 0.25), (512, 96, 4)])
+@pytest.mark.parametrize(
+    ("rows", "dims", "bits"), [(1000, 64, 1.5), (33, 17, 1.0), (512, 96, 4), (40, 320, 2.5)]
+)
 def test_index_bytes_formula(rows, dims, bits):
     """`inspect` promising other bytes than the index that convert then writes."""
     options = CodesOptions(bits=bits)
     index = build_codes(torch.randn(rows, dims), options)
-    assert codes_bytes(rows, dims, bits) == index.scan_bytes
+    assert codes_bytes(rows, dims, bits, len(index.segments)) == index.scan_bytes
 
 
 def test_speedup_bound():

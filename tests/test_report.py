@@ -65,8 +65,9 @@ def test_points_are_those_of_the_document():
     assert far["FlashHead (default)"] == ([0.24], [7e-4])
     assert "SVD, bf16, best 10 exact" in wrong
     assert "SVD, bf16, best 90 exact" in wrong
-    assert wrong["certified"] == ([0.13], [0.0005])
-    assert "certified" not in far
+    assert wrong["FlashHead, certified greedy"] == ([0.13], [0.0005])
+    assert "FlashHead, certified greedy" not in far
+    assert [text.get_text() for text in figure.axes[0].texts].count("certified") == 1
 
 
 def test_zero_disagreements_lie_below_one_in_n():
@@ -156,8 +157,9 @@ def test_frontier_command(tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     command = ["eval", "frontier", "--model", tiny_folder, "--data", str(text), "--json"]
-    names = "flashhead,clusters-codes,svd-hidden,int8"
-    options = ["--positions", "20", "--out-dir", str(out), "--methods", names]
+    names = "flashhead,certified,clusters-codes,svd-hidden,int8"
+    options = ["--positions", "20", "--out-dir", str(out), "--methods", f"{names},svd"]
+    options += ["--skip", "svd,bf16"]
     assert main([*command, *options]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashhead.errors import FlashHeadError
-from flashhead.options import METHODS, ClustersOptions, CodesOptions, make_options
+from flashhead.method_names import METHODS
+from flashhead.options import ClustersOptions, CodesOptions, make_options
 
 HEADS = ("codes", "clusters")
 OPTIONS: dict[str, Any] = {"codes": CodesOptions, "clusters": ClustersOptions}

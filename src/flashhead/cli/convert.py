@@ -32,4 +32,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"wrote {args.out}: {report['head']} index of {report['index_bytes'] / 1e6:.0f} MB "
         f"beside a head of {report['head_bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"
     )
+    if report["expectation"] is not None:
+        _print_choice(report["expectation"])
     return {**report, "model": args.model}
+
+
+def _print_choice(expected: dict[str, Any]) -> None:
+    """The table of choices with what each is expected to read, then what was built."""
+    built = (expected["bits"], expected["planes"])
+    if expected["table"]:
+        print(
+            f"\n{'bits':>6}{'planes':>8}{'plane rows':>12}{'exact rows':>12}{'bytes':>9}"
+            f"{'certified':>11}{'cost':>8}"
+        )
+    for row in expected["table"]:
+        print(
+            f"{row['bits']:>6g}{row['planes']:>8}{row['survivors']:>12,.0f}"
+            f"{row['exact_rows']:>12,.0f}{row['bytes_fraction']:>9.1%}"
+            f"{row['certified_bytes_fraction']:>11.1%}{row['cost']:>8.3f}"
+            + ("  built" if (row["bits"], row["planes"]) == built else "")
+        )
+    fidelity = f"KL at most {expected['kl_budget']:.1e} nats a token"
+    if expected["int8_kl"] is not None:
+        fidelity += f" (an int8 head: {expected['int8_kl']:.1e})"
+    print(f"\nbuilt: {built[0]:g} bits, planes: {built[1]}; expected {fidelity}")
+    chosen = expected["chosen"]
+    if chosen is not None:
+        print(
+            f"expected bytes on text of the model's own: {chosen['bytes_fraction']:.1%} of the "
+            f"head's with all logits, {chosen['certified_bytes_fraction']:.1%} for the certified "
+            "token alone"
+        )

@@ -16,7 +16,7 @@ from flashhead.cli.arguments import (
     method_names,
 )
 from flashhead.errors import FlashHeadError
-from flashhead.options import METHODS
+from flashhead.method_names import METHODS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
         default=METHODS,
         metavar="A,B",
         help=f"default: all, that is {','.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--skip", type=method_names, default=(), metavar="A,B", help="methods to leave out"
     )
     parser.add_argument(
         "--out-dir",
@@ -62,6 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.model is None or args.data is None:
             missing = "--model" if args.model is None else "--data"
             raise FlashHeadError(f"{missing} is missing: wanted --model and --data, or --from JSON")
+        args.methods = tuple(name for name in args.methods if name not in args.skip)
+        if not args.methods:
+            raise FlashHeadError("--skip leaves no method: wanted one or more")
         _require_matplotlib()
         path = args.out_dir / f"frontier-{_file_part(args.model)}.json"
         _measure(args, path)

@@ -13,8 +13,10 @@ from flashhead.cli.arguments import (
     integer,
     method_names,
     new_file,
+    real,
 )
-from flashhead.options import CALIBRATED_METHODS, METHODS, TABLE_METHODS
+from flashhead.errors import FlashHeadError
+from flashhead.method_names import METHODS, TABLE_METHODS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,26 +40,45 @@ def add_parser(subparsers: Any) -> None:
         metavar="A,B",
         help=f"of {','.join(METHODS)}, or all (default: {','.join(TABLE_METHODS)})",
     )
+    parser.add_argument(
+        "--certified",
+        action="store_true",
+        help="also the next token alone, certified: what `--methods certified` adds",
+    )
+    parser.add_argument(
+        "--failure-probability",
+        type=real("0 or above, below 0.5", lambda p: 0 <= p < 0.5),
+        metavar="P",
+        help="with --certified: that a certified token is wrong; 0: a bound that always holds "
+        "(default: 1e-6)",
+    )
     parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate and print the table."""
+    if args.certified and "certified" not in args.methods:
+        args.methods = (*args.methods, "certified")
+    if args.failure_probability is not None and "certified" not in args.methods:
+        raise FlashHeadError("--failure-probability without --certified: wanted both")
     from flashhead.cli import session
 
     model, tokenizer = session.load_model(args, args.head)
     from flashhead.evaluate.head import evaluate_head, format_table
-    from flashhead.integrations.transformers import logit_postprocess
+    from flashhead.evaluate.methods import FAILURE_PROBABILITY, wanting_calibration
+    from flashhead.integrations.transformers import head_of, logit_postprocess
 
-    wants_calibration = set(args.methods) & set(CALIBRATED_METHODS)
+    wanting = wanting_calibration(head_of(model).index, args.methods)
+    probability = args.failure_probability
     document = evaluate_head(
         model,
         tokenizer,
         args.data,
         args.positions,
         methods=args.methods,
-        calibration=session.calibration_states(model) if wants_calibration else None,
+        calibration=session.calibration_states(model) if wanting else None,
         seed=args.seed,
+        failure_probability=FAILURE_PROBABILITY if probability is None else probability,
         postprocess=logit_postprocess(model.config),
     )
     document["model"] = args.model

@@ -48,23 +48,22 @@ def _print_errors(errors: dict[str, Any]) -> None:
         f"\nerror model: (estimate - float32 logit) / sigma, {errors['positions']:,} positions x "
         f"{errors['rows']:,} rows; wanted std {low} to {high}\n"
         f"{'':<10}{'mean':>17}{'std':>17}{'beyond 3':>19}{'beyond 4':>19}"
-        f"{'winner mean, rms, out':>23}{'needed z p99, max':>20}"
+        f"{'winner mean':>15}{'rms':>15}{'needed z p99, max':>20}{'lost':>8}"
     )
     gaussian = errors["gaussian_beyond"]
-    outside = errors["positions"] * math.erfc(errors["z"] / math.sqrt(2))
+    lost = next(iter(errors["stages"].values()))["expected_lost"]
     print(
         f"{'Gaussian':<10}{'0':>17}{'1':>17}{gaussian['3']:>19.2e}{gaussian['4']:>19.2e}"
-        f"{'0, 1, ' + format(outside, '.2f'):>23}{'at most ' + format(errors['z'], 'g'):>20}"
+        f"{'0':>15}{'1':>15}{'at most ' + format(errors['z'], '.2f'):>20}{lost:>8.1g}"
     )
-    for name in ("base", "refined"):
-        stage = errors[name]
+    for name, stage in errors["stages"].items():
         mean, std = (_with_error(stage[key], ".4f") for key in ("mean", "std"))
         tails = [_with_error(stage["beyond"][key], ".1e") for key in ("3", "4")]
-        winner = f"{stage['winner_mean']['value']:.2f}, {stage['winner_rms']['value']:.2f}"
-        winner += f", {stage['winner_outside']:,}"
+        winner = [_with_error(stage[f"winner_{key}"], ".2f") for key in ("mean", "rms")]
         needed = f"{stage['needed_z']['p99']:.2f}, {stage['needed_z']['max']:.2f}"
         print(
-            f"{name:<10}{mean:>17}{std:>17}{tails[0]:>19}{tails[1]:>19}{winner:>23}{needed:>20}"
+            f"{name:<10}{mean:>17}{std:>17}{tails[0]:>19}{tails[1]:>19}{winner[0]:>15}{winner[1]:>15}"
+            f"{needed:>20}{stage['lost']:>8,}"
             + ("  sigma larger than need be" if stage["too_large"] else "")
         )
 
@@ -93,8 +92,8 @@ def _print_recall(found: dict[str, Any]) -> None:
     recall = found["recall"]
     depths = "".join(f"{depth:>9,}" for depth in recall["depths"])
     print(f"\n{'winner within the best':<24}{depths}")
-    for name in ("base", "refined"):
-        print(f"{name:<24}" + "".join(f"{share:>9.2%}" for share in recall[name]))
+    for name, shares in recall["stages"].items():
+        print(f"{name:<24}" + "".join(f"{share:>9.2%}" for share in shares))
     if "clusters" in found:
         clusters = found["clusters"]
         needed = ", ".join(

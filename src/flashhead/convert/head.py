@@ -9,10 +9,13 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
 from flashhead.index.store import save_index
+
+if TYPE_CHECKING:
+    from flashhead.index.choose import Expectation
 
 
 def convert(
@@ -36,7 +39,7 @@ def convert(
 
     Returns:
         What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes`, `seconds`,
-        `parameters`.
+        `parameters`; and for codes `expectation`: what was chosen and why (`index.choose`).
 
     Raises:
         FlashHeadError: `out` exists or its parent does not, too little disk space, or the model
@@ -85,8 +88,23 @@ def convert(
         "head_bytes": attachment.head.weight.numel() * attachment.head.weight.element_size(),
         "model_bytes": weights,
         "crossover_rows": attachment.head.crossover_rows,
+        "expectation": _expectation(attachment.expectation),
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": section["parameters"],
+    }
+
+
+def _expectation(expected: "Expectation | None") -> dict[str, Any] | None:
+    """JSON-able: the options chosen, their row of the table, and the table."""
+    if expected is None:
+        return None
+    return {
+        "bits": expected.options.bits,
+        "planes": expected.options.planes,
+        "kl_budget": expected.options.kl_budget,
+        "int8_kl": expected.int8_kl,
+        "chosen": expected.chosen,
+        "table": expected.table,
     }
 
 

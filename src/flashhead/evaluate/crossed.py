@@ -1,10 +1,12 @@
-"""Mean of a table of positions x rows, and a standard error that knows they are crossed.
+"""Means of errors by position and row, and standard errors that know what is shared.
 
 All rows of a position share its query, and a row's coding error is the same at all positions, so
 n * V entries are far fewer independent ones. The variance of the mean is the one clustered both
 ways (Cameron, Gelbach & Miller 2011): that of the positions' means, plus that of the rows' means,
 less that of independent entries, and never below the last. Neighbouring positions of a text are
 taken as independent.
+
+Of one entry a position, those that stand for the same row share its coding error: clustered by row.
 """
 
 import dataclasses
@@ -50,3 +52,14 @@ class CrossedMean:
         independent = max(0.0, self._squares / (n * rows) - mean**2) / (n * rows)
         variance = max(of_positions + of_rows - independent, independent)
         return Figure(mean, math.sqrt(variance))
+
+
+def grouped_mean(values: Tensor, rows: Tensor) -> Figure:
+    """Mean of values `float64[n]`, n >= 2, of which those with equal `rows: int64[n]` depend."""
+    n, mean = len(values), float(values.mean())
+    _, group = rows.unique(return_inverse=True)
+    groups = int(group.max()) + 1
+    rest = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, values - mean)
+    independent = float(values.var()) / n
+    clustered = float(rest.square().sum()) / n**2 * groups / max(1, groups - 1)
+    return Figure(mean, math.sqrt(max(clustered, independent)))

@@ -1,7 +1,7 @@
-"""Estimates of a codes index beside the logits they stand for, every row at both stages.
+"""Estimates of a codes index beside the logits they stand for, every row at every stage.
 
-The search refines survivors only; here every row is refined, so this is for looking, not for
-speed. The truth is the float32 product.
+The stages are the base, then each plane. A search refines survivors only; here every row is
+refined, so this is for looking, not for speed. The truth is the float32 product.
 """
 
 import dataclasses
@@ -12,28 +12,39 @@ from torch import Tensor
 
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate.baselines import float32_logits, row_blocks
+from flashhead.index.bound import z_score
 from flashhead.index.codes import CodesIndex
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.refine.api import refine
-from flashhead.ops.scan.api import scan
+from flashhead.ops.scan.api import scan, variances
 from flashhead.ops.scan.query import CodesPlan, CodesQuery, make_plan, make_query
 
 CHUNK_LOGITS = 2**22
 """Logits of one stage held at a time (16 MB of float32)."""
-STAGES = ("base", "refined")
-"""In the order of `index.error`."""
+USUAL_FAILURE = 1e-6
+"""Failure probability whose z is looked at where the index's is 0: its bound knows no z."""
+
+
+def stage_names(stages: int) -> tuple[str, ...]:
+    """Names of the stages before the exact rows: "base", "plane 1" and so on."""
+    return ("base", *(f"plane {plane}" for plane in range(1, stages)))
+
+
+def index_z(index: CodesIndex) -> float:
+    """Standard errors below E at which the search of an index leaves a row out."""
+    return z_score(index.options.failure_probability or USUAL_FAILURE, index.planes + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimates:
-    """Both stages of n hidden states.
+    """All S stages of n hidden states.
 
     Args:
         hidden: floating `[n, d]`.
         truth: `float32[n, V]`, logits of the dense product.
         rounding: `float32[n, 1]`, what a float32 logit may be off by: eps ||h|| max ||w||.
-        estimate: `float32[2, n, V]`, by stage.
-        sigma: `float32[2, n, V]`, the standard errors the index states, by stage.
+        estimate: `float32[S, n, V]`, by stage.
+        sigma: `float32[S, n, V]`, the standard errors the index states, by stage.
     """
 
     hidden: Tensor
@@ -71,33 +82,33 @@ def estimate_chunks(
     if not bool(torch.isfinite(hidden).all()):
         raise FlashHeadError("hidden holds NaN or infinity: it has no logits")
     plan, impl = make_plan(index), resolve_impl(impl, weight.device)
-    weight, bias = weight.detach(), None if bias is None else bias.detach().float()
+    weight = weight.detach()
+    bias = None if bias is None else bias.detach().float().view(1, -1)
     unit = torch.finfo(torch.float32).eps * max(
         float(weight[block].float().norm(dim=1).max()) for block in row_blocks(*weight.shape)
     )
     for states in hidden.split(max(1, CHUNK_LOGITS // index.vocab_size)):
-        query = make_query(states, index, plan, impl=impl)
+        query = make_query(states, index, plan, index.options.failure_probability)
+        variance = [variances(query, index, stage) for stage in range(plan.stages)]
         yield Estimates(
             states,
-            float32_logits(states, weight, bias),
+            float32_logits(states, weight, None if bias is None else bias[0]),
             unit * states.float().norm(dim=1, keepdim=True),
-            _both_stages(query, index, plan, bias, impl),
-            torch.stack([_sigma(index, query, stage) for stage in range(len(STAGES))]),
+            _all_stages(query, index, plan, bias, impl),
+            torch.stack(variance).sqrt_(),
         )
 
 
-def _both_stages(
+def _all_stages(
     query: CodesQuery, index: CodesIndex, plan: CodesPlan, bias: Tensor | None, impl: str
 ) -> Tensor:
-    """Scan all rows, then refine all rows: float32[2, n, V]."""
-    base = scan(query, index, plan, bias, impl=impl)
-    rows = torch.arange(index.vocab_size)
-    refined = [refine(query, n, index, rows, base[n], impl=impl) for n in range(len(base))]
-    return torch.stack([base, torch.stack(refined)])
-
-
-def _sigma(index: CodesIndex, query: CodesQuery, stage: int) -> Tensor:
-    """Standard errors of one stage, by the formula that `select` uses: float32[n, V]."""
-    factors = (query.base_variance, query.refined_variance)[stage]
-    coding = factors[:, :1] * index.error[stage].float().square()
-    return (coding + factors[:, 1:] * index.scale.float().square()).sqrt_()
+    """Scan all rows, then refine all rows plane by plane: float32[S, n, V]."""
+    stages, rows = [scan(query, index, plan, bias, impl=impl)], torch.arange(index.vocab_size)
+    for plane in range(1, plan.stages):
+        coarser = stages[-1]
+        finer = [
+            refine(query, n, index, plan, plane, rows, coarser[n], impl=impl)
+            for n in range(len(coarser))
+        ]
+        stages.append(torch.stack(finer))
+    return torch.stack(stages)

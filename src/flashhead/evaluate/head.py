@@ -26,9 +26,9 @@ from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate.capture import Postprocess, hidden_states
 from flashhead.evaluate.measure import measure
-from flashhead.evaluate.methods import SearchHead, families
+from flashhead.evaluate.methods import FAILURE_PROBABILITY, SearchHead, families
 from flashhead.evaluate.text import WINDOW_TOKENS, read_documents, token_windows
-from flashhead.options import TABLE_METHODS
+from flashhead.method_names import TABLE_METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ def evaluate_head(
     calibration: Tensor | None = None,
     seed: int = 0,
     precision: torch.dtype = torch.float64,
+    failure_probability: float = FAILURE_PROBABILITY,
     progress: bool = True,
     postprocess: Postprocess | None = None,
 ) -> dict[str, Any]:
@@ -54,17 +55,20 @@ def evaluate_head(
         tokenizer: of the model.
         text_file: `.txt` or `.jsonl`.
         positions: hidden states to measure.
-        methods: names of `options.METHODS`.
+        methods: names of `method_names.METHODS`.
         calibration: floating `[n, d]`, hidden states sampled from the model, for methods that build
             an index of their own.
         seed: of the windows drawn from the text.
         precision: of the metrics, float64 or float32.
+        failure_probability: of the method "certified".
         progress: show a bar on stderr.
         postprocess: what the model does to logits after its head, None: nothing. It is
             `integrations.transformers.logit_postprocess(model.config)`; checked on one window.
 
     Returns:
-        JSON document: FlashHead's figures, `methods` with a row each, and where they come from.
+        JSON document: FlashHead's figures, `methods` with a row each, and where they come from;
+        with the method "certified" also `failure_probability`, `certified_agreement`,
+        `certified_bytes_fraction`, and its `certified_wrong` and `fallback_fraction`.
 
     Raises:
         FlashHeadError: no index, an unknown method, a text that cannot be used, or the wrong
@@ -82,7 +86,7 @@ def evaluate_head(
     finish = postprocess or _identity
     measured = measure(
         head,
-        families(head, methods, calibration, progress),
+        families(head, methods, calibration, progress, failure_probability),
         hidden_states(model, windows, tokenizer.bos_token_id, finish),
         positions,
         finish,
@@ -92,6 +96,7 @@ def evaluate_head(
     rows = measured.pop("methods")
     return {
         **_without_place(rows.get("flashhead", {})),
+        **_certified(rows, failure_probability),
         "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
         "head": head.kind,
         "options": _options(head.index),
@@ -109,6 +114,20 @@ def evaluate_head(
 
 def _without_place(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("series", "point")}
+
+
+def _certified(rows: dict[str, Any], failure_probability: float) -> dict[str, Any]:
+    """What the certified tokens add to the document, where they were measured."""
+    if "certified" not in rows:
+        return {}
+    row = rows["certified"]
+    return {
+        "failure_probability": failure_probability,
+        "certified_agreement": row["agreement"],
+        "certified_bytes_fraction": row["bytes_fraction"],
+        "certified_wrong": row["certified_wrong"],
+        "fallback_fraction": row["fallback_fraction"],
+    }
 
 
 def _search_head(model: "PreTrainedModel") -> SearchHead:
@@ -150,6 +169,8 @@ def format_table(document: dict[str, Any]) -> str:
         "bytes",
         "candidates mean/p50/p99",
         "certified",
+        "wrong",
+        "fallback",
     )
     lines = [names]
     for name, row in document["methods"].items():
@@ -164,6 +185,8 @@ def format_table(document: dict[str, Any]) -> str:
                 f"{row['bytes_fraction']:.1%}",
                 " / ".join(counts) if counted else "all" if row["series"] == "dense" else "-",
                 "-" if row["certified_fraction"] is None else f"{row['certified_fraction']:.1%}",
+                "-" if row["certified_wrong"] is None else f"{row['certified_wrong']:,}",
+                "-" if row["fallback_fraction"] is None else f"{row['fallback_fraction']:.2%}",
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
@@ -180,4 +203,6 @@ def format_table(document: dict[str, Any]) -> str:
 def _label(name: str, row: dict[str, Any], kind: str) -> str:
     if name == "flashhead":
         return f"flashhead ({kind})"
+    if name == "certified":
+        return f"certified greedy ({row['point']})"
     return f"{name} dense" if row["series"] == "dense" else name

@@ -47,6 +47,7 @@ class TextFigures:
         agreement: share whose token is a float32 winner, up to the rounding of float32 products.
         certified_fraction: share that the search certified.
         certified_wrong: certified tokens that are no winner.
+        fallback_fraction: share for which so many rows could win that all were scored exactly.
         bytes_fraction: bytes read, as a share of the dense head's.
     """
 
@@ -57,6 +58,7 @@ class TextFigures:
     agreement: float
     certified_fraction: float
     certified_wrong: int
+    fallback_fraction: float
     bytes_fraction: float
 
 
@@ -157,7 +159,7 @@ def inspect_head(
     if not isinstance(index, CodesIndex):
         raise FlashHeadError(f"a {head.kind} head: wanted a FlashHead with a codes index")
     pooled = (DATA,) if DATA in texts else tuple(texts)
-    errors, ranks = ErrorTotals(index.vocab_size, index.options.z), []
+    errors, ranks = ErrorTotals(index), []
     counts = {name: _Counts() for name in texts}
     total = sum(map(len, texts.values()))
     bar = tqdm(total=total, desc="inspect", unit="pos", file=sys.stderr, disable=not progress)
@@ -176,7 +178,7 @@ def inspect_head(
         texts={name: count.figures(dense_bytes) for name, count in counts.items()},
         whole=_Counts.joined([counts[name] for name in pooled]).figures(dense_bytes),
         errors=errors.result(),
-        recall=Recall(*torch.cat(ranks, 1)),
+        recall=Recall(torch.cat(ranks, 1)),
         rows=vocabulary(weight, index.exact[0], states),
     )
 
@@ -187,6 +189,7 @@ class _Counts:
 
     candidates: list[Tensor] = dataclasses.field(default_factory=list)
     certified: list[Tensor] = dataclasses.field(default_factory=list)
+    fallback: list[Tensor] = dataclasses.field(default_factory=list)
     bytes_read: list[Tensor] = dataclasses.field(default_factory=list)
     right: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -197,11 +200,12 @@ class _Counts:
 
     def add(self, output: "HeadOutput", chunk: Estimates) -> None:
         """Add what the search returned for the hidden states of a chunk."""
-        chosen = chunk.truth.gather(1, output.logits.argmax(1, keepdim=True))
+        chosen = chunk.truth.gather(1, output.tokens[:, None])
         regret = chunk.truth.amax(1, keepdim=True) - chosen
         self.right.append((regret <= chunk.rounding)[:, 0])
         self.candidates.append(output.candidates)
         self.certified.append(output.certified)
+        self.fallback.append(output.fallback)
         self.bytes_read.append(output.bytes_read)
 
     def figures(self, dense_bytes: int) -> TextFigures:
@@ -215,5 +219,6 @@ class _Counts:
             agreement=right.double().mean().item(),
             certified_fraction=certified.double().mean().item(),
             certified_wrong=int((certified & ~right).sum()),
+            fallback_fraction=torch.cat(self.fallback).double().mean().item(),
             bytes_fraction=torch.cat(self.bytes_read).double().mean().item() / dense_bytes,
         )

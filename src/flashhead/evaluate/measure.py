@@ -62,7 +62,7 @@ class Chunk:
             name: for the error.
             logits: floating `[n, V]`, before `postprocess`.
             bytes_read: `int64[n]`.
-            counts: `candidates: int64[n]`, `certified: bool[n]`.
+            counts: `candidates: int64[n]`, `certified: bool[n]`, `fallback: bool[n]`.
 
         Raises:
             RuntimeError: logits of another shape, or one that is not finite.

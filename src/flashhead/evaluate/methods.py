@@ -1,18 +1,19 @@
-"""The methods that `flashhead eval` can measure, by name; `options.METHODS` lists them.
+"""The methods that `flashhead eval` can measure, by name; `method_names` lists them.
+
+"flashhead" gives every logit, "certified" the next token alone: the codes index read no further
+than the winner needs, with a certificate that fails with a stated probability.
 
 Indexes that a method needs and the head does not have are built here, from the same calibration
 states as the head's own: clusters without tokens that are always scored, codes with the default
 options.
 """
 
-import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashhead.errors import FlashHeadError
 from flashhead.evaluate.baselines import QuantizedHead, quantize_head, quantize_head_fp8
@@ -24,14 +25,17 @@ from flashhead.index.build_clusters import fit_clusters, store_clusters
 from flashhead.index.build_codes import build_codes
 from flashhead.index.clusters import CENTROID_DTYPES, ClustersIndex
 from flashhead.index.codes import CodesIndex
-from flashhead.nn.head import FlashHead
-from flashhead.nn.output import HeadOutput
-from flashhead.options import CALIBRATED_METHODS, METHODS, ClustersOptions, CodesOptions
+from flashhead.method_names import CALIBRATED_METHODS, METHODS
+from flashhead.nn.output import HeadOutput, NextToken
+from flashhead.nn.search import search_codes
+from flashhead.ops.dispatch import resolve_impl
+from flashhead.ops.scan.query import make_plan
+from flashhead.options import ClustersOptions, CodesOptions, require_failure_probability
 
-KL_BUDGETS = (1e-2, 3e-3, 2e-4, 5e-5)
+KL_BUDGETS = (1e-2, 3e-3, 1e-3, 2e-4, 5e-5)
 """Beside the default's."""
-WIDTHS = (3.0, 5.0)
-"""z, beside the default's."""
+FAILURE_PROBABILITY = 1e-6
+"""Of the certified token, unless it is told otherwise."""
 
 
 class Searchable(Protocol):
@@ -47,21 +51,26 @@ class SearchHead(Head, Searchable, Protocol):
     kind: str
     index: Any
 
+    def next_token(self, hidden: Tensor, *, failure_probability: float) -> NextToken:
+        """Certified winners of `bf16/f32[n, d]`, by a codes index."""
+
 
 def families(
     head: SearchHead,
     names: Sequence[str],
     calibration: Tensor | None = None,
     progress: bool = False,
+    failure_probability: float = FAILURE_PROBABILITY,
 ) -> list[Family]:
     """Build the methods `names`.
 
     Args:
         head: of the model.
-        names: of `options.METHODS`.
-        calibration: floating `[n, d]`, hidden states that the model sampled; wanted by
-            `options.CALIBRATED_METHODS`.
+        names: of `method_names.METHODS`.
+        calibration: floating `[n, d]`, hidden states that the model sampled, see
+            `wanting_calibration`.
         progress: show bars on stderr while indexes are built.
+        failure_probability: of "certified"; 0: the deterministic bound.
 
     Raises:
         FlashHeadError: an unknown name, or a method that wants calibration states and has none.
@@ -69,18 +78,32 @@ def families(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise FlashHeadError(f"methods={unknown[0]!r}: wanted {', '.join(METHODS)}")
-    wanting = [name for name in names if name in CALIBRATED_METHODS]
+    wanting = wanting_calibration(head.index, names)
     if wanting and calibration is None:
         raise FlashHeadError(f"method {wanting[0]!r}: wanted calibration hidden states, got none")
-    indexes = _Indexes(head, calibration, progress)
+    require_failure_probability(failure_probability)
+    indexes = _Indexes(head, calibration, progress, failure_probability)
     return [_MAKERS[name](head, indexes) for name in dict.fromkeys(names)]
 
 
-class _Indexes:
-    """Indexes of a head, built when the first method asks for them."""
+def wanting_calibration(index: Any, names: Sequence[str]) -> list[str]:
+    """Those methods that need hidden states sampled from the model, for a head with this index."""
+    alone = () if isinstance(index, CodesIndex) else ("certified",)
+    return [name for name in names if name in (*CALIBRATED_METHODS, *alone)]
 
-    def __init__(self, head: SearchHead, calibration: Tensor | None, progress: bool) -> None:
+
+class _Indexes:
+    """Indexes of a head, built when the first method asks for them, and what else methods share."""
+
+    def __init__(
+        self,
+        head: SearchHead,
+        calibration: Tensor | None,
+        progress: bool,
+        failure_probability: float,
+    ) -> None:
         self._head, self._calibration, self._progress = head, calibration, progress
+        self.failure_probability = failure_probability
         self._clusters: dict[str, dict[str, ClustersIndex]] = {}
         self._codes: CodesIndex | None = None
 
@@ -131,8 +154,12 @@ def _flashhead(head: SearchHead, _: _Indexes) -> Family:
 
 def _searched(head: Searchable, chunk: Chunk) -> tuple[Tensor, dict[str, Tensor]]:
     output = head.search(chunk.hidden)
-    counts = {"candidates": output.candidates, "certified": output.certified}
-    return output.logits, {"bytes_read": output.bytes_read} | counts
+    return output.logits, _counts(output)
+
+
+def _counts(output: HeadOutput | NextToken) -> dict[str, Tensor]:
+    names = ("bytes_read", "candidates", "certified", "fallback")
+    return {name: getattr(output, name) for name in names}
 
 
 def _bf16(head: SearchHead, _: _Indexes) -> Family:
@@ -186,49 +213,54 @@ def _svd_hidden(head: SearchHead, indexes: _Indexes) -> Family:
 
 
 def _codes(head: SearchHead, indexes: _Indexes) -> Family:
-    """The codes index at several KL budgets and interval widths, each a head of its own."""
+    """The codes index at several KL budgets."""
     index = indexes.codes()
-    default = index.options
-    budgets = {budget: dataclasses.replace(default, kl_budget=budget) for budget in KL_BUDGETS}
-    widths = {z: dataclasses.replace(default, z=z) for z in WIDTHS}
-    variants = {f"codes-kl{x:g}": ("codes", f"KL {x:g}", new) for x, new in budgets.items()}
-    variants |= {f"codes-z{x:g}": ("codes-z", f"z={x:g}", new) for x, new in widths.items()}
-    linear = _as_linear(head)
-    with _quiet():
-        heads = {
-            row: FlashHead(linear, dataclasses.replace(index, options=options), impl=_impl(head))
-            for row, (_, _, options) in variants.items()
-        }
+    variants = {
+        f"codes-kl{budget:g}": dataclasses.replace(
+            index, options=dataclasses.replace(index.options, kl_budget=budget)
+        )
+        for budget in KL_BUDGETS
+    }
+    search = _search(head, index)
 
     def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
-        for row, variant in heads.items():
-            logits, counts = _searched(variant, chunk)
-            yield row, chunk.compare(row, logits, **counts)
+        for row, variant in variants.items():
+            output = search(chunk.hidden, variant)
+            yield row, chunk.compare(row, output.logits, **_counts(output))
 
-    rows = {row: (series, point) for row, (series, point, _) in variants.items()}
+    rows = {f"codes-kl{budget:g}": ("codes", f"KL {budget:g}") for budget in KL_BUDGETS}
     return Family("codes", rows, measure)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Heads that are only measured tell nobody from how many rows on they pay."""
-    log = logging.getLogger("flashhead")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+def _certified(head: SearchHead, indexes: _Indexes) -> Family:
+    """The next token alone: no distribution, hence no KL."""
+    index, probability = indexes.codes(), indexes.failure_probability
+    search = _search(head, index, failure_probability=probability, winner_only=True)
+
+    def choose(hidden: Tensor) -> HeadOutput | NextToken:
+        if index is head.index:
+            return head.next_token(hidden, failure_probability=probability)
+        return search(hidden, index)  # codes beside the head's own clusters
+
+    def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
+        found = choose(chunk.hidden)
+        yield "certified", {"agree": chunk.truth.chosen(found.tokens), **_counts(found)}
+
+    return Family("certified", {"certified": ("certified", f"p={probability:g}")}, measure)
 
 
-def _as_linear(head: SearchHead) -> nn.Linear:
-    """A plain layer with the head's own weight."""
-    rows, d = head.weight.shape
-    linear = nn.Linear(d, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
-    if head.bias is not None:
-        linear.bias = nn.Parameter(head.bias.detach(), requires_grad=False)
-    return linear.eval()
+def _search(
+    head: SearchHead, index: CodesIndex, **how: Any
+) -> Callable[[Tensor, CodesIndex], HeadOutput]:
+    """The search of a codes index, or of the same with other options, by the head's weight."""
+    weight, plan = head.weight.detach(), make_plan(index)
+    bias = None if head.bias is None else head.bias.detach().float()
+    impl = resolve_impl(_impl(head), weight.device)
+
+    def search(hidden: Tensor, variant: CodesIndex) -> HeadOutput:
+        return search_codes(hidden, weight, bias, variant, plan, impl, **how)
+
+    return search
 
 
 def _impl(head: SearchHead) -> str:
@@ -239,8 +271,7 @@ def _impl(head: SearchHead) -> str:
 _Maker = Callable[[SearchHead, _Indexes], Family]
 _MAKERS: dict[str, _Maker] = {
     "flashhead": _flashhead,
-    # Certified greedy (a row of agreement and bytes without KL: `head.next_token`) goes here, and
-    # its name into `options.METHODS`. Figures may lack kl, tv and ties: see `Totals.row`.
+    "certified": _certified,
     "codes": _codes,
     "clusters": _clusters("clusters", "hidden"),
     "clusters-published": _clusters("clusters-published", "spherical"),

@@ -138,6 +138,8 @@ class Totals:
         row["candidates_p50"] = None if candidates is None else candidates.quantile(0.5).item()
         row["candidates_p99"] = None if candidates is None else candidates.quantile(0.99).item()
         row["certified_fraction"] = None if certified is None else certified.mean().item()
+        fallback = figures.get("fallback")
+        row["fallback_fraction"] = None if fallback is None else fallback.mean().item()
         row["certified_wrong"] = None if certified is None else int((certified * (1 - agree)).sum())
         return row
 

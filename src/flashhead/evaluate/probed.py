@@ -5,9 +5,10 @@ P probes are those of fewer probes and some more. Logits are the estimates of al
 probed ones overwritten, exactly what `nn.search.search_clusters` returns at that P.
 
 `clusters-codes` does not score probed rows exactly at once. They read their codes first (base and
-refinement of the codes index, which state their own standard error sigma_v), and exact rows only
+all planes of the codes index, which state their own standard error sigma_v). The best estimate
+among them, u, is scored exactly, and then only
 
-    { v probed : s_v + z sigma_v >= max_u (s_u - z sigma_u), u probed },
+    { v probed : s_v + z sigma_v >= logit_u },
 
 those that can win among the probed; the others keep the estimate of their codes, and what is not
 probed that of its cluster. Codes are counted as if they lay in the order of the clusters, so that
@@ -19,12 +20,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flashhead.evaluate.estimates import index_z
 from flashhead.evaluate.measure import Chunk, Family, Figures, Head
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.ops.probe.api import estimates, probe
 from flashhead.ops.refine.api import refine
-from flashhead.ops.scan.api import scan
+from flashhead.ops.scan.api import scan, variances
 from flashhead.ops.scan.query import CodesPlan, make_plan, make_query
 
 PROBES = (64, 128, 256, 512, 1024)
@@ -121,7 +123,7 @@ def clusters_codes_family(
     Args:
         head: that both indexes are of.
         clusters: without tokens that are always scored.
-        codes: its `options.z` is used.
+        codes: the z of its failure probability is used.
         impl: of the codes' operations.
         probes: ascending.
 
@@ -130,8 +132,7 @@ def clusters_codes_family(
     """
     if len(clusters.always):
         raise ValueError(f"clusters.always={clusters.always.tolist()}: wanted none")
-    z = codes.options.z
-    plan = make_plan(codes)
+    z, plan = index_z(codes), make_plan(codes)
     fixed_bytes = clusters.scan_bytes + codes.transform.nbytes + codes.exact.nbytes
 
     def measure(chunk: Chunk) -> Iterator[tuple[str, Figures]]:
@@ -140,9 +141,10 @@ def clusters_codes_family(
         for P in probes:
             places = P * clusters.members.shape[1]
             tokens, values, sigma, held = (part[:, :places] for part in coded)
-            lowest = (values - z * sigma).amax(1, keepdim=True)
-            chosen = values + z * sigma >= lowest
             exact = chunk.exact.gather(1, tokens)
+            best = values.argmax(1, keepdim=True)
+            chosen = values + z * sigma >= exact.gather(1, best)
+            chosen |= tokens == tokens.gather(1, best)
             sweep.logits.scatter_(1, tokens, torch.where(chosen, exact, values))
             candidates = (chosen & held).sum(1)
             read = fixed_bytes + sweep.list_bytes(P) + held.sum(1) * _code_bytes(codes)
@@ -163,28 +165,29 @@ def _read_codes(
     probes: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens of the probed clusters, their refined estimates and standard errors, and which places
+    """Tokens of the probed clusters, their finest estimates and standard errors, and which places
     hold a token: int64, float32, float32, bool `[n, k]`.
 
     The scan estimates all rows and most are not looked at: bytes are counted, not timed.
     """
-    bias = None if head.bias is None else head.bias.float()
-    query = make_query(chunk.hidden, codes, plan, impl=impl)
+    bias = None if head.bias is None else head.bias.float()[None]
+    query = make_query(chunk.hidden, codes, plan, codes.options.failure_probability)
     base = scan(query, codes, plan, bias, impl=impl)
     tokens, held = sweep.tokens(0, probes)
     values = torch.empty(tokens.shape)
     for n, rows in enumerate(tokens):
-        values[n] = refine(query, n, codes, rows, base[n, rows], impl=impl)
-    coding, rounding = query.refined_variance.float().unbind(1)
-    error, scale = codes.error[1][tokens].float(), codes.scale[tokens].float()
-    variance = coding[:, None] * error.square() + rounding[:, None] * scale.square()
+        values[n] = base[n, rows]
+        for plane in range(1, plan.stages):
+            values[n] = refine(query, n, codes, plan, plane, rows, values[n], impl=impl)
+    variance = variances(query, codes, plan.stages - 1).gather(1, tokens)
     return tokens, values, variance.sqrt(), held
 
 
 def _code_bytes(codes: CodesIndex) -> int:
-    """Bytes of one row's base codes, scale, coefficient and refinement with its error."""
+    """Bytes of one row's base codes, scales, coefficient and planes."""
     base = codes.base.shape[1] * codes.base.shape[3]
-    return base + codes.scale.itemsize + codes.direction.itemsize + codes.refine_row_bytes
+    scales = codes.scale.shape[0] * codes.scale.itemsize
+    return base + scales + codes.direction.itemsize + codes.planes * codes.refine_row_bytes
 
 
 def row_bytes(head: Head) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashhead.evaluate.baselines import float32_logits
-from flashhead.evaluate.estimates import STAGES, Estimates
+from flashhead.evaluate.estimates import Estimates, stage_names
 from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.probe.api import probe
@@ -29,22 +29,22 @@ class Recall:
     """Ranks of the float32 winner by stage of a codes index.
 
     Args:
-        base: `int64[n]`, rank among the scan's estimates.
-        refined: `int64[n]`, rank once every row is refined.
+        ranks: `int64[S, n]`, rank among the scan's estimates, then once every row has each plane.
     """
 
-    base: Tensor
-    refined: Tensor
+    ranks: Tensor
 
     def document(self) -> dict[str, Any]:
         """JSON-able: recall at every depth, by stage."""
-        curves = {stage: recall_at(getattr(self, stage)) for stage in STAGES}
-        return {"positions": len(self.base), "depths": list(DEPTHS), **curves}
+        stages, positions = self.ranks.shape
+        names = stage_names(stages)
+        curves = {name: recall_at(own) for name, own in zip(names, self.ranks, strict=True)}
+        return {"positions": positions, "depths": list(DEPTHS), "stages": curves}
 
 
 def winner_ranks(chunk: Estimates) -> Tensor:
-    """Ranks of the float32 winners of a chunk: int64[2, n], by stage."""
-    winner = chunk.truth.argmax(1)[None, :, None].expand(len(STAGES), -1, -1)
+    """Ranks of the float32 winners of a chunk: int64[S, n], by stage."""
+    winner = chunk.truth.argmax(1)[None, :, None].expand(len(chunk.estimate), -1, -1)
     return (chunk.estimate > chunk.estimate.gather(2, winner)).sum(2) + 1
 
 

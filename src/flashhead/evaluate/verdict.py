@@ -1,7 +1,8 @@
 """What to do with a head, from what was measured: convert, little gain, or does not suit.
 
-    does not suit   a sigma is too small beyond chance (`error_model`), or a certified token was
-                    wrong: the certificate would promise what it does not hold;
+    does not suit   a sigma is too small beyond chance, for all rows or for the winners
+                    (`error_model`), or a certified token was wrong: the certificate would promise
+                    what it does not hold;
                     or the search reads as many bytes as the dense head (`MOST_BYTES`)
     little gain     the bytes of a whole token bound the speed-up below `LEAST_SPEEDUP`;
                     or the search does not beat the dense product on this machine

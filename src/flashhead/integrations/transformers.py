@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flashhead.errors import FlashHeadError
 from flashhead.index.build_clusters import build_clusters
-from flashhead.index.build_codes import build_codes
+from flashhead.index.build_codes import build_codes_expecting
+from flashhead.index.choose import Expectation
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.index.store import load_index
@@ -34,7 +35,7 @@ except ImportError as error:
     ) from error
 
 HEADS = ("codes", "clusters", "dense")
-_SEARCH_OPTIONS = ("z", "kl_budget", "probes")
+_SEARCH_OPTIONS = ("failure_probability", "kl_budget", "probes")
 """Options that only the search reads: they may differ from the saved index's."""
 _log = logging.getLogger("flashhead")
 
@@ -46,10 +47,18 @@ class Attachment:
         model: the model that holds the head.
         head: the FlashHead in it.
         replaced: the module it took the place of.
+        expectation: why a codes index was built as it is; None: nothing was built, or clusters.
     """
 
-    def __init__(self, model: PreTrainedModel, head: FlashHead, replaced: nn.Module) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: FlashHead,
+        replaced: nn.Module,
+        expectation: Expectation | None = None,
+    ) -> None:
         self.model, self.head, self._replaced = model, head, replaced
+        self.expectation = expectation
 
     def detach(self) -> None:
         """Put the original head back; a second call does nothing."""
@@ -210,19 +219,20 @@ def attach(
     """
     _require_head(head)
     linear = _linear_head(model)
+    expectation = None
     if head == "dense":
         if options:
             raise FlashHeadError(f"head='dense' takes no options, got {next(iter(options))!r}")
         replaced = FlashHead(linear, None)
     else:
         if index is None:
-            index, hidden = _build(model, linear, head, progress, hidden, options)
+            index, hidden, expectation = _build(model, linear, head, progress, hidden, options)
         states = sample if sample is not None else hidden
         replaced = FlashHead(
             linear, index, impl=impl, sample=None if states is None else _spread(states)
         )
     model.set_output_embeddings(replaced)
-    return Attachment(model, replaced, linear)
+    return Attachment(model, replaced, linear, expectation)
 
 
 def head_of(model: PreTrainedModel) -> FlashHead:
@@ -260,7 +270,7 @@ def _build(
     progress: bool,
     hidden: Tensor | None,
     values: dict[str, Any],
-) -> tuple[CodesIndex | ClustersIndex, Tensor]:
+) -> tuple[CodesIndex | ClustersIndex, Tensor, Expectation | None]:
     options: CodesOptions | ClustersOptions
     if head == "codes":
         options = make_options(CodesOptions, values)
@@ -270,11 +280,12 @@ def _build(
         hidden = sample_hidden_states(model, options.calibration_tokens, options.seed, progress)
     weight = linear.weight.detach()
     if isinstance(options, CodesOptions):
-        return build_codes(weight, options, hidden, progress), hidden
+        index, expectation = build_codes_expecting(weight, options, hidden, progress)
+        return index, hidden, expectation
     if not options.always:
         options = dataclasses.replace(options, always=_special_tokens(model))
     bias = None if linear.bias is None else linear.bias.detach()
-    return build_clusters(weight, options, hidden, progress, bias), hidden
+    return build_clusters(weight, options, hidden, progress, bias), hidden, None
 
 
 def _special_tokens(model: PreTrainedModel) -> tuple[int, ...]:

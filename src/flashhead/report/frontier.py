@@ -37,7 +37,7 @@ _SVD, _WEIGHTED = "#8fbf8f", "#1b8a5a"
 _STYLES = {
     "flashhead": _Style("FlashHead (default)", _CODES, "*"),
     "codes": _Style("FlashHead codes, KL budgets", _CODES, "o"),
-    "codes-z": _Style("FlashHead codes, z = 3 and 5", _CODES, "D", "none", filled=False),
+    "certified": _Style("FlashHead, certified greedy", _CODES, "*", filled=False),
     "clusters-codes": _Style("clusters then codes", "#7b3294", "P"),
     "clusters-bf16": _Style("clusters (ours), bf16 centroids", _CLUSTERS, "o"),
     "clusters-int8": _Style("clusters (ours), int8", _CLUSTERS, "s"),
@@ -54,7 +54,9 @@ _STYLES = {
     "dense": _Style("dense heads", "#333333", "h", "none"),
 }
 """By series, or by the part of its name before `-k`: the number of rows scored exactly."""
-_LABELLED = ("dense", "flashhead")
+_STARRED = {"flashhead": "default", "certified": "certified"}
+"""Series drawn as a star, and what is written beside it."""
+_LABELLED = ("dense", *_STARRED)
 """Series whose points are named in place; of the others, the first and last of one of a kind."""
 _ENDS_LABELLED = ("clusters-int8", "codes")
 
@@ -163,7 +165,7 @@ def _draw(
         return
     xs = [row["bytes_fraction"] for row, _ in points]
     ys = [value if value >= least else least / 2 for _, value in points]
-    star = name == "flashhead"
+    star = name in _STARRED
     axes.plot(
         xs,
         ys,
@@ -184,7 +186,7 @@ def _draw(
         if name not in _LABELLED and (not end or row["series"] == "flashhead"):
             continue
         axes.annotate(
-            "default" if star else row["point"],
+            _STARRED.get(name, row["point"]),
             (xs[i], ys[i]),
             xytext=(9, 7) if star else (5, 4),
             textcoords="offset points",
