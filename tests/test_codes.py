@@ -134,9 +134,7 @@ def test_any_shape_round_trips(rows: int, d: int, bits: float, planes: int, seed
             assert torch.isfinite(output.logits).all()
             assert (truth.amax(1) - chosen <= slack).all()
             assert torch.equal(output.logits.argmax(1), output.tokens)
-        # a row at the edge of a rule may be read in one and not in the other
-        different = (outputs[0].logits - outputs[1].logits).abs() > slack
-        assert different.double().mean() <= 0.02
+        assert torch.equal(outputs[0].tokens, outputs[1].tokens)
 
 
 @pytest.mark.parametrize("kind", ["zero", "duplicate", "one", "all zero"])

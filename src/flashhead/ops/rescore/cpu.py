@@ -40,10 +40,10 @@ def _widen_overload(value):  # type: ignore[no-untyped-def]
 def _half(bits):  # type: ignore[no-untyped-def]
     """Float32 value of float16 bits that are finite: the exponent moved by a multiplication."""
     number = np.uint32(np.uint16(bits))
-    sign = (number & np.uint32(0x8000)) << np.uint32(16)
+    sign = number & np.uint32(0x8000)
     scaled = np.uint32((number & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
-    scaled = scaled * np.float32(2.0**112)
-    return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
+    scaled = np.float32(scaled * np.float32(2.0**112))
+    return -scaled if sign != 0 else scaled
 
 
 @numba.njit(inline="always")
