@@ -11,7 +11,7 @@ from torch import nn
 from flashhead import environment
 from flashhead.bench import decode, timing
 from flashhead.bench.decode import ConstantHead, bench_decode, format_decode_table
-from flashhead.bench.head import bench_head, format_head_table, verify_head
+from flashhead.bench.head import COMPLETE, GREEDY, bench_head, format_head_table, verify_head
 from flashhead.bench.products import _check, pack_int4, pack_int8
 from flashhead.errors import FlashHeadError
 
@@ -22,6 +22,7 @@ class SearchedLinear(nn.Linear):
     """A head with FlashHead's interface: exact for the best 20, off by `noise` elsewhere."""
 
     kind, impl, crossover_rows, candidates, noise = "codes", "reference", 2, 20, 1.0
+    shift = 0
 
     def __init__(self, weight):
         super().__init__(weight.shape[1], weight.shape[0], bias=False)
@@ -42,6 +43,12 @@ class SearchedLinear(nn.Linear):
             certified=torch.ones(n, dtype=torch.bool),
             bytes_read=torch.full((n,), 1000),
         )
+
+    def next_token(self, hidden):
+        tokens = SearchedLinear.forward(self, hidden).argmax(1) + self.shift
+        n = len(hidden)
+        certified = torch.ones(n, dtype=torch.bool)
+        return SimpleNamespace(tokens=tokens, certified=certified, bytes_read=torch.full((n,), 500))
 
 
 def weight(rows=V, d=D):
@@ -126,6 +133,14 @@ def test_verify_finds_a_wrong_certificate():
     assert verify_head(head, states())["agreement"] == 0
 
 
+def test_verify_finds_a_wrong_next_token():
+    """Catches a greedy mode that is timed although its token is another."""
+    head = SearchedLinear(weight())
+    head.shift = -1
+    with pytest.raises(RuntimeError, match="next_token is certified"):
+        verify_head(head, states())
+
+
 def _uncertified(output):
     output.certified = torch.zeros_like(output.certified)
     return output
@@ -137,12 +152,12 @@ def test_bench_head_document():
     json.dumps(document, allow_nan=False)
     names = [(row["batch"], row["method"].split(",")[0]) for row in document["rows"]]
     wanted = ["bf16 F.linear", "bf16 F.linear + argmax", "int8 weight-only", "int4 weight-only"]
-    wanted += ["FlashHead", "FlashHead + argmax"]
+    wanted += [COMPLETE, f"{COMPLETE} + argmax", GREEDY]
     assert names == [(batch, name) for batch in (1, 3) for name in wanted]
-    searched, dense = (row for row in document["rows"] if row["method"] == "FlashHead")
+    searched, dense = (row for row in document["rows"] if row["method"] == COMPLETE)
     assert (searched["bytes_read"], dense["bytes_read"]) == (1000, 2 * V * D)
     table = format_head_table(document)
-    assert table.count("FlashHead (dense)") == 1  # above the crossover, at batch 3 only
+    assert table.count(f"{COMPLETE} (dense)") == 1  # above the crossover, at batch 3 only
     assert "x F.linear" in table
 
 

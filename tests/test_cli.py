@@ -20,6 +20,7 @@ COMMANDS = (
     ("inspect",),
     ("eval",),
     ("eval", "head"),
+    ("eval", "logprobs"),
     ("eval", "sampling"),
     ("eval", "frontier"),
     ("bench",),

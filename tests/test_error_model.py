@@ -78,9 +78,6 @@ def test_winners_are_not_biased(bits):
         assert stage.winner_rms.value < STD_RANGE[1] + SURE * stage.winner_rms.stderr
 
 
-@pytest.mark.xfail(
-    reason="clipped coordinates: a few rows err many times the mean, and sigma is that of the mean"
-)
 def test_right_sigma_of_two_planes(deep):
     """Tails of 2e-3 beyond 4 sigma, where the certificate assumes 6e-5: here in segments of 32."""
     weight, index, hidden = deep

@@ -232,13 +232,14 @@ def test_saved_index_refuses_other_build_options(tiny_folder, tmp_path) -> None:
     """Catches an option that is silently ignored."""
     out = tmp_path / "converted"
     convert(tiny_folder, out, progress=False, calibration_tokens=64)
-    assert head_of(flashhead.load(str(out), progress=False, z=6.0)).index.options.z == 6.0
+    head = head_of(flashhead.load(str(out), progress=False, failure_probability=1e-9))
+    assert head.index.options.failure_probability == 1e-9
     with pytest.raises(FlashHeadError, match=r"bits=1\.0"):
         flashhead.load(str(out), progress=False, bits=1.0)
     with pytest.raises(FlashHeadError, match="unknown option 'speed'"):
         flashhead.load(str(out), progress=False, speed=11)
     with pytest.raises(FlashHeadError, match="takes no options"):
-        flashhead.load(str(out), "dense", progress=False, z=6.0)
+        flashhead.load(str(out), "dense", progress=False, failure_probability=1e-9)
 
 
 def test_logits_are_capped_and_scaled_after_the_head() -> None:

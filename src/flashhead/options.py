@@ -1,7 +1,4 @@
-"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged.
-
-Also the names of the methods that an evaluation compares.
-"""
+"""Options of the two indexes and of sampling, one frozen dataclass each, passed along unchanged."""
 
 import dataclasses
 import math
@@ -9,18 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flashhead.errors import FlashHeadError
-
-METHODS = (
-    *("flashhead", "codes", "clusters", "clusters-published", "sampled", "clusters-codes"),
-    *("svd", "svd-hidden", "bf16", "int8", "fp8", "int4", "int4-g128"),
-)
-"""What `flashhead eval` can measure, `evaluate.methods` builds it."""
-TABLE_METHODS = ("flashhead", "bf16", "int8", "int4")
-"""What `flashhead eval head` shows unless it is told otherwise."""
-CALIBRATED_METHODS = (
-    *("codes", "clusters", "clusters-published", "sampled", "clusters-codes", "svd-hidden"),
-)
-"""Those that need hidden states sampled from the model."""
 
 T = TypeVar("T", "CodesOptions", "ClustersOptions")
 

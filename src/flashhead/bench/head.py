@@ -26,6 +26,7 @@ VERIFIED_ROWS = 32
 BLOCK_WEIGHTS = 2**23
 """Weights converted to float64 at a time (64 MB)."""
 BASELINE = "bf16 F.linear"
+COMPLETE, GREEDY = "FlashHead logits", "FlashHead next_token"
 
 
 def bench_head(
@@ -61,9 +62,8 @@ def bench_head(
         bytes_read |= {"int8 weight-only": int8_bytes}
         if int4 is not None:
             bytes_read[f"int4 weight-only, group {int4[2]}"] = int4[1]
-        bytes_read |= dict.fromkeys(
-            ("FlashHead", "FlashHead + argmax"), verified["bytes_read_mean"]
-        )
+        bytes_read[COMPLETE] = bytes_read[f"{COMPLETE} + argmax"] = verified["bytes_read_mean"]
+        bytes_read[GREEDY] = verified["greedy_bytes_read_mean"]
         bandwidth = copy_bytes_per_sec()
         rows = []
         for batch in batches:
@@ -72,7 +72,7 @@ def bench_head(
                 dict(zip(bytes_read, calls, strict=True)), BASELINE, rounds=repeats
             )
             for name, timing in timings.items():
-                dense = name.startswith("FlashHead") and batch > head.crossover_rows
+                dense = name.startswith(COMPLETE) and batch > head.crossover_rows
                 size = dense_bytes if dense else bytes_read[name]
                 floor = {"bytes_read": size, "floor_ms": size / bandwidth * 1e3}
                 rows.append({"batch": batch, "method": name, **timing, **floor})
@@ -127,15 +127,16 @@ def _calls(
         calls.append(lambda number: int4(rows(number)))
     calls.append(lambda number: head(rows(number)))
     calls.append(lambda number: head(rows(number)).argmax(-1))
+    calls.append(lambda number: head.next_token(rows(number)).tokens)
     return calls
 
 
 def verify_head(head: "FlashHead", hidden: Tensor) -> dict[str, Any]:
     """Compare the head's search with float64 on some hidden states.
 
-    A certified argmax must be the float64 one, but for logits that float32 cannot tell apart, and
-    at least as many logits as there are candidates must be exact. Exact is: off by at most four
-    times what `hidden.float() @ weight.float().T` errs.
+    A certified argmax (of the logits, and of `next_token`) must be the float64 one, but for logits
+    that float32 cannot tell apart, and at least as many logits as there are candidates must be
+    exact. Exact is: off by at most four times what `hidden.float() @ weight.float().T` errs.
 
     Args:
         head: with an index.
@@ -168,8 +169,16 @@ def verify_head(head: "FlashHead", hidden: Tensor) -> dict[str, Any]:
             f"hidden state {row}: certified token {int(chosen[row])} is {float(regret[row]):.3g} "
             f"below the best float64 logit, its own off by {float(error[row, chosen[row]]):.3g}"
         )
+    greedy = head.next_token(hidden)
+    lost = truth.amax(1) - truth.gather(1, greedy.tokens[:, None])[:, 0]
+    if bool((greedy.certified & (lost > slack)).any()):
+        row = int((lost > slack).nonzero()[0])
+        raise RuntimeError(
+            f"hidden state {row}: next_token is certified {float(lost[row]):.3g} below the best"
+        )
     return {
         "rows": len(hidden),
+        "greedy_bytes_read_mean": greedy.bytes_read.double().mean().item(),
         "agreement": (regret <= slack).double().mean().item(),
         "certified_fraction": output.certified.double().mean().item(),
         "candidates_mean": output.candidates.double().mean().item(),
@@ -206,7 +215,7 @@ def format_head_table(document: dict[str, Any]) -> str:
         f"{'ms':>9}{'MB read':>9}{'floor ms':>10}",
     ]
     for row in document["rows"]:
-        dense = row["method"].startswith("FlashHead") and row["batch"] > document["crossover_rows"]
+        dense = row["method"].startswith(COMPLETE) and row["batch"] > document["crossover_rows"]
         spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
         lines.append(
             f"{row['batch']:>5}  {row['method'] + (' (dense)' if dense else ''):<28}"

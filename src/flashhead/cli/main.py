@@ -24,6 +24,7 @@ from flashhead.cli import (
     demo,
     eval_frontier,
     eval_head,
+    eval_logprobs,
     eval_sampling,
     generate,
     inspect,
@@ -51,6 +52,7 @@ def build_parser() -> Parser:
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
+    eval_logprobs.add_parser(evaluations)
     eval_sampling.add_parser(evaluations)
     eval_frontier.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
