@@ -20,7 +20,7 @@ from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 
 INDEX_FILE = "flashhead.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLE_ROWS = 64
 _KINDS: dict[str, type[CodesIndex] | type[ClustersIndex]] = {
     "codes": CodesIndex,

@@ -5,6 +5,7 @@ searching: the noise is a bias of the rows, and the certificate is that of greed
 answer is certified by the search, else by a wider search, else by the dense product in float32:
 
 - greedy and temperature: one search; noise and mask are its bias.
+- a mask that allows at most V / 32 rows: these are scored one by one, without a search.
 - penalties and biases of tokens (`Context`): the rows they touch are taken out of the search by a
   bias of -inf, scored exactly, edited, and compared with what the search found.
 - top_k, top_p, min_p: all rows within a margin of the best are read exactly, then
@@ -24,10 +25,10 @@ from torch import Tensor
 from flashhead.errors import FlashHeadError
 from flashhead.nn.candidates import Candidates, complete
 from flashhead.nn.edits import biased as add_bias
-from flashhead.nn.edits import edited_rows, penalised, sequence_bias
+from flashhead.nn.edits import edited_rows, penalised, scores_directly, sequence_bias
 from flashhead.nn.output import HeadOutput, NextToken
 from flashhead.nn.rest import rest_of
-from flashhead.nn.sampling import allowed, sample
+from flashhead.nn.sampling import allowed, edited, greedy, sample
 from flashhead.ops.noise.api import gumbel, gumbel_at
 from flashhead.options import Sampling
 
@@ -73,8 +74,32 @@ def next_token(
     failure_probability: float,
 ) -> NextToken:
     """Choose a token for each hidden state; see `FlashHead.next_token`."""
+    if contexts is None:
+        return _searched(head, hidden, sampling, steps, None, failure_probability)
+    direct = [_scores_directly(context, head.weight.shape[0]) for context in contexts]
+    columns: list[tuple[Tensor, ...]] = []
+    for n, context in enumerate(contexts):
+        one = slice(n, n + 1)
+        if direct[n]:
+            columns.append(_directly(head, hidden[n], sampling, steps[one], context))
+        else:
+            found = _searched(
+                head, hidden[one], sampling, steps[one], [context], failure_probability
+            )
+            columns.append(tuple(getattr(found, f.name) for f in dataclasses.fields(found)))
+    return NextToken(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def _searched(
+    head: "FlashHead",
+    hidden: Tensor,
+    sampling: Sampling,
+    steps: Tensor,
+    contexts: list[Context] | None,
+    failure_probability: float,
+) -> NextToken:
     edits = [_edits_of(head, hidden[n], c, sampling) for n, c in enumerate(contexts or [])]
-    if sampling.filters and sampling.temperature > 0:
+    if sampling.filters:
         found = [
             _filtered(head, hidden[n : n + 1], sampling, steps[n], own, failure_probability)
             for n, own in enumerate(_pairs(edits, contexts, len(hidden)))
@@ -84,17 +109,42 @@ def next_token(
     output = head.search_rows(
         hidden, bias, failure_probability=failure_probability, winner_only=True
     )
-    tokens = output.tokens
-    if edits:
-        tokens = tokens.clone()
-        scores = output.logits.gather(1, tokens[:, None])[:, 0]
-        for n, own in enumerate(edits):
-            tokens[n] = _better(own, contexts[n], sampling, steps[n], tokens[n], scores[n])  # type: ignore[index]
-    elif bool((output.logits.gather(1, tokens[:, None]) == -math.inf).any()):
-        raise FlashHeadError("every token is forbidden: wanted a mask that allows one or more")
+    tokens = output.tokens.clone()
+    scores = output.logits.gather(1, tokens[:, None])[:, 0]
+    for n, own in enumerate(edits):
+        tokens[n] = _better(own, contexts[n], sampling, steps[n], tokens[n], scores[n])  # type: ignore[index]
     return NextToken(
         tokens, output.certified, output.fallback, output.candidates, output.bytes_read
     )
+
+
+def _scores_directly(context: Context, vocab_size: int) -> bool:
+    """Whether the mask allows so few rows that scoring them reads less than a search."""
+    if context.mask is None:
+        return False
+    return scores_directly(int((_mask(context.mask, vocab_size) == 0).sum()), vocab_size)
+
+
+def _directly(
+    head: "FlashHead", hidden: Tensor, sampling: Sampling, step: Tensor, context: Context
+) -> tuple[Tensor, ...]:
+    """Columns of `NextToken` for a mask that allows few rows: all of them are scored."""
+    assert context.mask is not None
+    rows = (context.mask == 0).nonzero()[:, 0]
+    biased_rows, values = sequence_bias(context.previous, context.biases)
+    known = Candidates(rows, head.exact_logits(hidden, rows))
+    known = edited(known, context.previous, biased_rows, values, sampling, context.prompt_length)
+    if sampling.temperature == 0:
+        best = greedy(known)
+        assert best is not None
+        token = torch.tensor([best])
+    else:
+        left = allowed(known, sampling)
+        assert left is not None
+        token = sample(left, sampling, step, impl=head.noise_impl)
+    count = torch.tensor([len(rows)])
+    read = count * head.weight.shape[1] * head.weight.element_size()
+    return token, torch.tensor([True]), torch.tensor([False]), count, read
 
 
 def _pairs(
