@@ -47,7 +47,8 @@ class ClustersOptions:
     """Clusters index: what is stored and how many clusters a query probes.
 
     Args:
-        cluster_size: tokens a cluster, the same for all (the last ones are padded).
+        cluster_size: tokens a cluster, the same for all (the last ones are padded); None: 16 as
+            published, or 32 where `metric="hidden"` then reads no more (V >= 1,024 probes).
         probes: clusters whose tokens are scored exactly.
         centroid_dtype: "int8", "int4" (two a byte; one scale a centroid in both) or "bf16".
         iterations: k-means iterations.
@@ -57,7 +58,7 @@ class ClustersOptions:
         seed: of the initial centroids and of the sampled text.
     """
 
-    cluster_size: int = 16
+    cluster_size: int | None = None
     probes: int = 256
     centroid_dtype: str = "int8"
     iterations: int = 6
@@ -68,7 +69,8 @@ class ClustersOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "always", tuple(int(token) for token in self.always))
-        _require("cluster_size", self.cluster_size, 1 <= self.cluster_size <= 4096, "1 to 4096")
+        size = self.cluster_size
+        _require("cluster_size", size, size is None or 1 <= size <= 4096, "1 to 4096, or None")
         _require("probes", self.probes, self.probes >= 1, "1 or more")
         _require("iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
         known = self.centroid_dtype in ("int8", "int4", "bf16")

@@ -3,8 +3,9 @@
 The dense logits of a few calibration states say how many rows lie within reach of the best one and
 how much probability lies below each; the tables of the quantiser say what standard error so many
 bits leave. Together they predict the rows that each stage of a search takes on, and so its bytes,
-for every number of bits and planes; the cheapest is built. A gathered byte counts more than a
-scanned one.
+for every number of bits and planes. An index serves two uses, complete logits and the certified
+token alone, which want more bits and fewer: the one with the smallest product of the two costs is
+built. A gathered byte counts more than a scanned one.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Expectation:
         options: with `bits`, `planes` and `kl_budget` filled in.
         table: a row for each choice: bits, planes, survivors, exact rows, bytes as a share of the
             head's, for complete logits (`bytes_fraction`) and for the certified token alone
-            (`certified_bytes_fraction`), and `cost`; empty without calibration states.
+            (`certified_bytes_fraction`), and `cost`, which is minimised; empty without calibration
+            states.
         int8_kl: nats that an int8 head is expected to lose, or None.
     """
 
@@ -161,7 +163,7 @@ def _expect(
         "exact_rows": counts[-1],
         "bytes_fraction": (scanned + gathered) / head,
         "certified_bytes_fraction": (scanned + alone) / head,
-        "cost": (scanned + GATHER_COST * gathered) / head,
+        "cost": (scanned + GATHER_COST * gathered) * (scanned + GATHER_COST * alone) / head**2,
     }
 
 

@@ -134,6 +134,8 @@ class ClustersIndex:
             )
         options = make_options(ClustersOptions, saved)
         size = options.cluster_size
+        if size is None:
+            raise FlashHeadError(f"index metadata 'cluster_size' is missing: {REMEDY}")
         count = -(-rows // size)
         dtype = CENTROID_DTYPES[options.centroid_dtype]
         width = -(-d // 2) if dtype == torch.uint8 else d

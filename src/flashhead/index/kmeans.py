@@ -29,6 +29,7 @@ Advance = Callable[[int], Any]
 def balanced_kmeans(features: Tensor, options: ClustersOptions, advance: Advance) -> Tensor:
     """Cluster of every row, at most `cluster_size` rows each: int64[V]."""
     rows, size = len(features), options.cluster_size
+    assert size is not None
     generator = torch.Generator().manual_seed(options.seed)
     first = torch.randperm(rows, generator=generator)[: -(-rows // size)]
     centroids = features[first].float()
