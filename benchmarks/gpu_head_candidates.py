@@ -6,8 +6,8 @@ Needs a Hopper GPU, nvcc and Triton. Rows and hidden states are synthetic: coded
 variances falling as i^-1.1 (as measured on Gemma-3-270M), rows in clusters of 64 that share 40 % of
 their energy, log-normal row norms (0.2), the mean direction with 30 % of a hidden state's energy,
 and for each hidden state one target row 4.5-8 standard deviations above the mean logit. Survivors
-are fewer than on real text: `z=6` and `z=8` show more of them. The index has the layout of format 1 of
-`flashhead.index.codes`, except where a variant says otherwise.
+are fewer than on real text: `z=6` and `z=8` show more of them. The index has the layout of format 1
+of `flashhead.index.codes` (2-bit fields), except where a variant says otherwise.
 
 Every design is compared with eager torch on the same integers, and its tokens with float32 logits
 for eight sets of hidden states, before it is timed. Times: graphs of 8 calls, each with its own

@@ -11,16 +11,26 @@ from typing import Any
 
 from flashhead._version import __version__
 from flashhead.errors import FlashHeadError
-from flashhead.options import ClustersOptions, CodesOptions
+from flashhead.options import ClustersOptions, CodesOptions, Sampling
 
 _LAZY = {
+    "Context": "flashhead.nn.next_token",
     "FlashHead": "flashhead.nn.head",
     "HeadOutput": "flashhead.nn.output",
+    "LogProbs": "flashhead.nn.output",
+    "NextToken": "flashhead.nn.output",
     "attach": "flashhead.integrations.transformers",
     "load": "flashhead.integrations.transformers",
     "load_tokenizer": "flashhead.integrations.transformers",
 }
-__all__ = ["ClustersOptions", "CodesOptions", "FlashHeadError", "__version__", *_LAZY]
+__all__ = [
+    "ClustersOptions",
+    "CodesOptions",
+    "FlashHeadError",
+    "Sampling",
+    "__version__",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:
