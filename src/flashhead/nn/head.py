@@ -9,10 +9,7 @@ The dense product serves what a search cannot: rows beyond `crossover_rows` (pre
 batches), gradients, and hidden states that are not finite.
 """
 
-import logging
 import math
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -21,15 +18,12 @@ from torch import Tensor, nn
 from flashhead.errors import FlashHeadError
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
+from flashhead.nn.crossover import measure_crossover
 from flashhead.nn.next_token import Context, next_token
 from flashhead.nn.output import HeadOutput, HeadStatistics, LogProbs, NextToken
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.rescore.api import rescore
 from flashhead.options import Sampling, require_failure_probability
-
-_log = logging.getLogger("flashhead")
-MOST_ROWS = 64
-"""Largest number of rows the crossover measurement tries."""
 
 
 class FlashHead(nn.Linear):
@@ -73,7 +67,7 @@ class FlashHead(nn.Linear):
             self.impl = resolve_impl(impl, self.weight.device)
             self.plan: Any = _plan_of(index)
             self._fingerprint = self._weight_state()
-            self.crossover_rows = self._measure_crossover()
+            self.crossover_rows = measure_crossover(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states;
@@ -312,30 +306,6 @@ class FlashHead(nn.Linear):
         version = 0 if self.weight.is_inference() else self.weight._version
         return self.weight.data_ptr(), version, self.weight.dtype
 
-    @torch.no_grad()
-    def _measure_crossover(self) -> int:
-        """Largest of 1, 2, 4, ... rows for which the search beats the dense product here."""
-        states = self.sample
-        if states is None or states.shape[0] == 0:
-            states = torch.randn(MOST_ROWS, self.in_features)
-        states = states.to(self.weight.dtype)
-        states = states.repeat(-(-MOST_ROWS // states.shape[0]), 1)
-        best, rows = 0, 1
-        while rows <= MOST_ROWS:
-            batch = states[:rows]
-            self.search(batch)  # compiles, warms the caches
-            pairs = [(_seconds(self.search, batch), _seconds(self.dense, batch)) for _ in range(3)]
-            if statistics.median(search / dense for search, dense in pairs) >= 1:
-                break
-            best, rows = rows, 2 * rows
-        if best == 0:
-            _log.warning(
-                "the %s search does not beat the dense head here: the dense one runs", self.kind
-            )
-        else:
-            _log.info("measured crossover: the %s search pays up to %d rows", self.kind, best)
-        return best
-
 
 def _plan_of(index: CodesIndex | ClustersIndex) -> Any:
     if isinstance(index, CodesIndex):
@@ -348,9 +318,3 @@ def _plan_of(index: CodesIndex | ClustersIndex) -> Any:
 def _is_finite(hidden: Tensor) -> bool:
     """One operator instead of three: finite values cannot overflow a float64 sum."""
     return math.isfinite(hidden.sum(dtype=torch.float64).item())
-
-
-def _seconds(function: Any, batch: Tensor) -> float:
-    start = time.perf_counter()
-    function(batch)
-    return time.perf_counter() - start

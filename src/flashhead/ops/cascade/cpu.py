@@ -13,15 +13,15 @@ from torch import Tensor
 from flashhead.index.bound import SHARES, z_score
 from flashhead.index.codes import BLOCK_ROWS, CodesIndex
 from flashhead.ops import simd
-from flashhead.ops.cascade.api import (
-    BINS,
-    BINS_A_NAT,
-    DENSE_SHARE,
-    FAR_NATS,
-    NEAR_NATS,
-    PILOTS,
-    SAMPLED_BLOCKS,
-    Cascade,
+from flashhead.ops.cascade.api import DENSE_SHARE, PILOTS, Cascade
+from flashhead.ops.cascade.losses import (
+    base_cut,
+    bin_of,
+    cut_of,
+    list_losses,
+    loss_of,
+    refined_width,
+    width_of,
 )
 from flashhead.ops.refine.cpu import refine_kernel
 from flashhead.ops.rescore.cpu import rescore_kernel, weight_array
@@ -29,76 +29,16 @@ from flashhead.ops.scan.cpu import (
     BLOCKS_A_TASK,
     FINITE,
     TASK_ROWS,
-    QueryArrays,
     index_arrays,
     new_scanned,
     plan_arrays,
     scan_kernel,
     widths,
 )
-from flashhead.ops.scan.query import ROUNDING, CodesPlan
+from flashhead.ops.scan.prepare import prepare
+from flashhead.ops.scan.query import CodesPlan
 
 _NO_BIAS = np.empty((0, 0), np.float32)
-_BINS, _BINS_A_NAT = BINS, np.float32(BINS_A_NAT)
-
-
-@numba.njit(parallel=True, fastmath=simd.FASTMATH, cache=True)
-def _code_kernel(hidden, transform, coded):  # type: ignore[no-untyped-def]
-    for i in numba.prange(transform.shape[0]):
-        for n in range(hidden.shape[0]):
-            total = np.float32(0)
-            for j in range(hidden.shape[1]):
-                total += simd.bf16(transform[i, j]) * hidden[n, j]
-            coded[n, i] = total
-
-
-@numba.njit(fastmath=simd.FASTMATH, cache=True)
-def _prepare(hidden, index, plan, z, deterministic):  # type: ignore[no-untyped-def]
-    """What `query.make_query` returns."""
-    n, dims = hidden.shape[0], index.transform.shape[0]
-    segments, stages = plan.size.shape[0], plan.error.shape[0]
-    coded = np.empty((n, dims), np.float32)
-    _code_kernel(hidden, index.transform, coded)
-    integers = np.empty((n, dims), np.int8)
-    gathered = np.zeros((n, *plan.gather.shape), np.int8)
-    step, total = np.empty((n, segments), np.float32), np.empty((n, segments), np.float32)
-    along, shift = np.zeros(n, np.float32), np.zeros(n, np.float32)
-    variance = np.empty((n, stages, segments), np.float32)
-    spread = np.empty((n, stages, segments), np.float32)
-    floor = np.empty(n, np.float32)
-    order = plan.gather.reshape(-1)
-    for q in range(n):
-        for j in range(hidden.shape[1]):
-            along[q] += hidden[q, j] * index.exact[0, j]
-            shift[q] += hidden[q, j] * index.exact[1, j]
-        size = np.float32(ROUNDING) * (abs(shift[q]) + abs(along[q]) * np.float32(plan.reach))
-        floor[q] = size * size + np.float32(1e-12)
-        for g in range(segments):
-            largest, energy, number = np.float32(0), np.float32(0), np.float32(0)
-            for i in range(plan.bounds[g], plan.bounds[g + 1]):
-                largest = max(largest, abs(coded[q, i]))
-                energy += coded[q, i] * coded[q, i]
-            step[q, g] = max(largest / np.float32(127), np.float32(1e-30))
-            for i in range(plan.bounds[g], plan.bounds[g + 1]):
-                rounded = np.rint(coded[q, i] / step[q, g])
-                integers[q, i] = np.int8(rounded)
-                number += rounded
-            total[q, g] = step[q, g] * number
-            for stage in range(stages):
-                coding = energy / plan.size[g] * plan.error[stage, g]
-                rounding = step[q, g] * step[q, g] * plan.energy[g] / np.float32(12)
-                variance[q, stage, g] = coding + rounding
-                if deterministic:
-                    bound = np.sqrt(energy) * np.sqrt(plan.worst[stage, g])
-                    bound += step[q, g] * np.sqrt(plan.size[g] * plan.energy[g]) / np.float32(2)
-                    spread[q, stage, g] = np.float32(segments) * bound * bound
-                else:
-                    spread[q, stage, g] = z * z * (coding + rounding)
-        flat = gathered[q].reshape(-1)
-        for i in range(order.shape[0]):
-            if order[i] >= 0:
-                flat[i] = integers[q, order[i]]
-    return QueryArrays(integers, gathered, step, total, along, shift, variance, spread, floor)
 
 
 @numba.njit(cache=True)
@@ -114,116 +54,11 @@ def _pilots(peaks, best, rows):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _width(scales, coefficients, floor, row):  # type: ignore[no-untyped-def]
-    """sum_g scale_g^2 coefficient_g + floor of one row."""
-    width = np.float32(0)
-    for g in range(coefficients.shape[0]):
-        scale = simd.bf16(scales[g, row])
-        width += scale * scale * coefficients[g]
-    return width + floor
-
-
-@numba.njit(inline="always")
-def _refined(scales, factor, coefficients, floor, row):  # type: ignore[no-untyped-def]
-    """`_width` times a factor, before the floor; an empty factor is 1."""
-    width = _width(scales, coefficients, np.float32(0), row)
-    if factor.shape[0] > 0:
-        width *= factor[row]
-    return width + floor
-
-
-@numba.njit(inline="always")
-def _bin(gap):  # type: ignore[no-untyped-def]
-    """Bin of a row `gap` nats below the best estimate."""
-    place = min(max(gap, np.float32(0)) * _BINS_A_NAT, np.float32(_BINS - 1))
-    return np.int32(place)
-
-
-@numba.njit(inline="always")
-def growth(x):  # type: ignore[no-untyped-def]
-    """exp(x) - 1 by its first four terms, x at most 4."""
-    x = min(x, np.float32(4))
-    rest = x * (np.float32(1 / 6) + x * np.float32(1 / 24))
-    return x * (np.float32(1) + x * (np.float32(0.5) + rest))
-
-
-@numba.njit(inline="always")
-def _loss(score, half, peak):  # type: ignore[no-untyped-def]
-    """What leaving a row costs, relative to the peak."""
-    return simd.fast_exp(min(score - peak, np.float32(80.0))) * growth(half)
-
-
-@numba.njit(inline="always")
-def _block_losses(  # type: ignore[no-untyped-def]
-    scales, scores, coefficients, floor, peak, first, count, losses, masses, places
-):
-    widths(scales, coefficients, floor, first, count, losses)
-    for i in range(count):
-        half = losses[i] * np.float32(0.5)
-        masses[i] += simd.fast_exp(min(scores[first + i] - peak - half, np.float32(80.0)))
-        losses[i] = _loss(scores[first + i], half, peak)
-        places[i] = _bin(peak - scores[first + i])
-
-
-@numba.njit(inline="always")
 def _block_reach(scales, scores, spread, floor, peak, first, count, reach, places):  # type: ignore[no-untyped-def]
     widths(scales, spread, floor, first, count, reach)
     for i in range(count):
         reach[i] = scores[first + i] + np.sqrt(reach[i])
-        places[i] = _bin(peak - scores[first + i])
-
-
-@numba.njit(parallel=True, fastmath=FINITE, cache=True)
-def _base_losses(scales, scores, highest, coefficients, floor, peak, far_nats, tasks):  # type: ignore[no-untyped-def]
-    """Losses by bin, float64[BINS], and mass of all rows, by the sample that `api` describes.
-
-    Of blocks more than `far_nats` below the peak a bound of the loss, in the last bin.
-    """
-    blocks, rows = highest.shape[0], scores.shape[0]
-    stride = min(8, max(1, blocks // SAMPLED_BLOCKS))
-    bins, mass = np.zeros((tasks, _BINS), np.float64), np.zeros(tasks, np.float64)
-    for t in numba.prange(tasks):
-        places, losses = np.empty(BLOCK_ROWS, np.int32), np.empty(BLOCK_ROWS, np.float32)
-        near, drawn = np.zeros(BLOCK_ROWS, np.float32), np.zeros(BLOCK_ROWS, np.float32)
-        far = np.float32(0)
-        for block in range(blocks * t // tasks, blocks * (t + 1) // tasks):
-            gap = peak - highest[block]
-            is_near = gap <= np.float32(NEAR_NATS)
-            if not is_near and block % stride != 0:
-                continue
-            if gap > far_nats:
-                far += simd.fast_exp(-gap)
-                continue
-            first, part = block * BLOCK_ROWS, near if is_near else drawn
-            present = min(BLOCK_ROWS, rows - first)
-            if present == BLOCK_ROWS:  # a constant trip count, so that it is vectorised
-                _block_losses(
-                    scales, scores, coefficients, floor, peak, first, BLOCK_ROWS, losses, part,
-                    places,
-                )  # fmt: skip
-            else:
-                _block_losses(
-                    scales, scores, coefficients, floor, peak, first, present, losses, part, places
-                )
-            times = 1 if is_near else stride
-            for i in range(present):
-                bins[t, places[i]] += times * losses[i]
-        mass[t] = near.sum() + stride * drawn.sum()
-        bins[t, _BINS - 1] += np.float64(far) * stride * BLOCK_ROWS * growth(np.float32(4))
-    return bins.sum(0), mass.sum()
-
-
-@numba.njit(cache=True)
-def _cut(losses, allowed):  # type: ignore[no-untyped-def]
-    """First bin whose rows may all be left, and what they lose; summed from below, where the
-    numbers are small.
-    """
-    left = 0.0
-    for b in range(_BINS - 1, -1, -1):
-        if left + losses[b] > allowed:
-            return b + 1, left
-        left += losses[b]
-    return 0, left
+        places[i] = bin_of(peak - scores[first + i])
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
@@ -256,9 +91,9 @@ def _first_survivors(  # type: ignore[no-untyped-def]
             present = min(BLOCK_ROWS, rows - first)
             if upper[block] < threshold:  # none of these can win
                 bound = max(bound, upper[block])
-                if _bin(peak - highest[block]) < cut:
+                if bin_of(peak - highest[block]) < cut:
                     for i in range(present):
-                        if _bin(peak - scores[first + i]) < cut:
+                        if bin_of(peak - scores[first + i]) < cut:
                             buffer[task * TASK_ROWS + found] = first + i
                             found += 1
                 continue
@@ -271,8 +106,8 @@ def _first_survivors(  # type: ignore[no-untyped-def]
                     buffer[task * TASK_ROWS + found] = first + i
                     found += 1
                     if places[i] >= cut and cut > 0:
-                        half = _width(scales, coefficients, floor, first + i) / 2
-                        saved[task] += _loss(scores[first + i], half, peak)
+                        half = width_of(scales, coefficients, floor, first + i) / 2
+                        saved[task] += loss_of(scores[first + i], half, peak)
                 else:
                     bound = max(bound, reach[i])
         counts[task], uppers[task] = found, bound
@@ -290,17 +125,6 @@ def _compact(buffer, counts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=FINITE, cache=True)
-def _list_losses(scales, factor, scores, coefficients, floor, peak, rows, count, tasks):  # type: ignore[no-untyped-def]
-    """Losses by bin of the listed rows: float64[BINS]."""
-    bins = np.zeros((tasks, _BINS), np.float64)
-    for t in numba.prange(tasks):
-        for i in range(count * t // tasks, count * (t + 1) // tasks):
-            half = _refined(scales, factor, coefficients, floor, rows[i]) / 2
-            bins[t, _bin(peak - scores[rows[i]])] += _loss(scores[rows[i]], half, peak)
-    return bins.sum(0)
-
-
-@numba.njit(parallel=True, fastmath=FINITE, cache=True)
 def _keep(  # type: ignore[no-untyped-def]
     scales, factor, fixed, scores, coefficients, spread, floor, threshold, peak, cut, buffer,
     counts, total,
@@ -315,43 +139,18 @@ def _keep(  # type: ignore[no-untyped-def]
         found, bound = 0, np.float32(-np.inf)
         for i in range(task * TASK_ROWS, min(total, (task + 1) * TASK_ROWS)):
             row = buffer[i]
-            needed = _bin(peak - scores[row]) < cut
-            reach = scores[row] + np.sqrt(_refined(scales, fixed, spread, floor, row))
+            needed = bin_of(peak - scores[row]) < cut
+            reach = scores[row] + np.sqrt(refined_width(scales, fixed, spread, floor, row))
             if needed or reach >= threshold:
                 buffer[task * TASK_ROWS + found] = row
                 found += 1
                 if not needed and cut > 0:
-                    half = _refined(scales, factor, coefficients, floor, row) / 2
-                    saved[task] += _loss(scores[row], half, peak)
+                    half = refined_width(scales, factor, coefficients, floor, row) / 2
+                    saved[task] += loss_of(scores[row], half, peak)
             else:
                 bound = max(bound, reach)
         counts[task], uppers[task] = found, bound
     return saved.sum(), uppers.max() if counts.shape[0] > 0 else np.float32(-np.inf)
-
-
-@numba.njit(cache=True)
-def _base_cut(index, query, scanned, q, peak, pilots, exact, share, threads):  # type: ignore[no-untyped-def]
-    """First bin whose rows the base estimate may leave, what they lose, and the mass of all rows.
-
-    The pilots' mass is that of their exact scores; `share` of the mass may be lost.
-    """
-    scores, variance, floor = scanned.estimates[q], query.variance[q, 0], query.floor[q]
-    moved = 0.0
-    for i in range(pilots.shape[0]):
-        half = _width(index.scale, variance, floor, pilots[i]) / 2
-        moved += np.exp(np.float64(exact[i] - peak))
-        moved -= np.exp(np.float64(scores[pilots[i]] - half - peak))
-    cut, left, mass = 0, 0.0, 0.0
-    for far_nats in (FAR_NATS, 1e10):
-        losses, mass = _base_losses(
-            index.scale, scores, scanned.highest[q], variance, floor, peak,
-            np.float32(far_nats), threads,
-        )  # fmt: skip
-        mass += moved
-        cut, left = _cut(losses, share * mass)
-        if cut < FAR_NATS * BINS_A_NAT:
-            break
-    return cut, left, mass
 
 
 @numba.njit(cache=True)
@@ -380,7 +179,7 @@ def _narrow(  # type: ignore[no-untyped-def]
     peak, threshold, cut, spent = scanned.peak[q].max(), exact.max() - margin, 0, 0.0
     mass, left = 0.0, 0.0
     if budget >= 0:
-        cut, left, mass = _base_cut(
+        cut, left, mass = base_cut(
             index, query, scanned, q, peak, pilots, exact, budget * shares[0], threads
         )
     counts = np.empty(scanned.peak.shape[1], np.int64)
@@ -396,10 +195,10 @@ def _narrow(  # type: ignore[no-untyped-def]
         variance, factor = query.variance[q, plane], index.factor[plane - 1]
         fixed = factor[:0] if deterministic else factor
         if budget >= 0:
-            losses = _list_losses(
+            losses = list_losses(
                 scales, factor, scores, variance, floor, peak, buffer, count, threads
             )
-            cut, left = _cut(losses, budget * shares[plane] * mass - spent)
+            cut, left = cut_of(losses, budget * shares[plane] * mass - spent)
         counts = np.empty((count + TASK_ROWS - 1) // TASK_ROWS, np.int64)
         saved, bound = _keep(
             scales, factor, fixed, scores, variance, query.spread[q, plane], floor, threshold, peak,
@@ -415,7 +214,7 @@ def search(  # type: ignore[no-untyped-def]
 ):
     """All of `api`'s steps for n hidden states float32[n, d]."""
     n, rows, stages = hidden.shape[0], index.direction.shape[0], plan.error.shape[0]
-    query = _prepare(hidden, index, plan, z, deterministic)
+    query = prepare(hidden, index, plan, z, deterministic)
     scanned = new_scanned(n, rows)
     scan_kernel(index, plan, query, bias, scanned, vnni)
     buffers = np.empty((n, scanned.peak.shape[1] * TASK_ROWS), np.int32)
