@@ -56,6 +56,8 @@ _STYLES = {
 """By series, or by the part of its name before `-k`: the number of rows scored exactly."""
 _STARRED = {"flashhead": "default", "certified": "certified"}
 """Series drawn as a star, and what is written beside it."""
+_STAR_LABELS = {"flashhead": (9, 7), "certified": (-14, -17)}
+"""Where that is written, points from the star: they may lie side by side."""
 _LABELLED = ("dense", *_STARRED)
 """Series whose points are named in place; of the others, the first and last of one of a kind."""
 _ENDS_LABELLED = ("clusters-int8", "codes")
@@ -148,7 +150,8 @@ def _fill(figure: "Figure", document: dict[str, Any]) -> None:
     for axes in (wrong, far):
         _bytes_axis(axes)
     title = f"{document['model']}: fidelity against bytes read, {positions:,} positions"
-    figure.suptitle(f"{title} of {Path(str(document.get('data', 'text'))).name}")
+    data = Path(str(document.get("data", "text"))).name
+    figure.suptitle(f"{title} of {data}", x=0.01, ha="left")
     handles, labels = wrong.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
@@ -188,7 +191,7 @@ def _draw(
         axes.annotate(
             _STARRED.get(name, row["point"]),
             (xs[i], ys[i]),
-            xytext=(9, 7) if star else (5, 4),
+            xytext=_STAR_LABELS.get(name, (5, 4)),
             textcoords="offset points",
             fontsize=7.5,
             color=style.colour,
