@@ -18,7 +18,7 @@ class CodesOptions:
         bits: mean bits a dimension that every query scans, 1 to 4; None: the cheapest expected.
         planes: planes of 2 more bits for the rows that survive, 1 or 2; None: the cheaper expected.
         failure_probability: that a token called certain is not the winner, at most; 0: a
-            deterministic bound, which reads nearly everything.
+            deterministic bound, which reads several times as much.
         kl_budget: nats of expected KL(dense||flash) a token may lose to rows left at their
             estimate; None: 0.6 times what an int8 head is expected to lose.
         calibration_tokens: tokens sampled from the model to learn where hidden states vary.
