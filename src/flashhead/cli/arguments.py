@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,40 @@ def add_head(parser: Parser) -> None:
         metavar="NAME=VALUE",
         help=f"an option of the index, may be repeated ({known})",
     )
+
+
+def add_evaluation(parser: Parser, least_positions: int | None = 1) -> None:
+    """What every evaluation of a head on a text takes: model, head, text, seed, where to keep it.
+
+    Args:
+        parser: of the subcommand.
+        least_positions: smallest `--positions`, or None for a command without.
+    """
+    add_model(parser)
+    add_head(parser)
+    parser.add_argument(
+        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
+    )
+    if least_positions is not None:
+        add_positions(parser, least_positions)
+    parser.add_argument(
+        "--seed", type=integer(0), default=0, metavar="N", help="of what is drawn (default: 0)"
+    )
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
+
+
+def add_positions(parser: Parser, least: int = 1) -> None:
+    """`--positions`."""
+    parser.add_argument(
+        "--positions", type=integer(least), default=4096, metavar="N", help="default: 4096"
+    )
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON document whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
 def index_options(args: argparse.Namespace) -> dict[str, Any]:

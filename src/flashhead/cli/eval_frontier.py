@@ -1,7 +1,6 @@
 """`flashhead eval frontier`: every method on the same hidden states, one document and one plot."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ from typing import Any
 from flashhead.cli.arguments import (
     MODEL_HELP,
     Parser,
+    add_positions,
     command,
     existing_file,
     existing_folder,
     integer,
     method_names,
+    write_document,
 )
 from flashhead.errors import FlashHeadError
 from flashhead.method_names import METHODS
@@ -26,9 +27,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--data", type=existing_file, metavar="FILE", help=".txt or .jsonl")
-    parser.add_argument(
-        "--positions", type=integer(1), default=4096, metavar="N", help="default: 4096"
-    )
+    add_positions(parser)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the windows")
     parser.add_argument(
         "--methods",
@@ -98,9 +97,7 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         postprocess=logit_postprocess(model.config),
     )
     document |= {"model": Path(args.model).name, "data": args.data.name}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_document(path, document)
     print(format_table(document))
     print(f"written: {path}")
 

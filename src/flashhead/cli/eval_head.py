@@ -1,19 +1,15 @@
 """`flashhead eval head`: agreement, KL, bytes and certificate on real text, beside baselines."""
 
 import argparse
-import json
 from typing import Any
 
 from flashhead.cli.arguments import (
     Parser,
-    add_head,
-    add_model,
+    add_evaluation,
     command,
-    existing_file,
-    integer,
     method_names,
-    new_file,
     real,
+    write_document,
 )
 from flashhead.errors import FlashHeadError
 from flashhead.method_names import METHODS, TABLE_METHODS
@@ -24,15 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser: Parser = command(
         subparsers, "head", run, "compare a head with float32 dense logits on real text"
     )
-    add_model(parser)
-    add_head(parser)
-    parser.add_argument(
-        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
-    )
-    parser.add_argument(
-        "--positions", type=integer(1), default=4096, metavar="N", help="default: 4096"
-    )
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the windows")
+    add_evaluation(parser)
     parser.add_argument(
         "--methods",
         type=method_names,
@@ -52,7 +40,6 @@ def add_parser(subparsers: Any) -> None:
         help="with --certified: that a certified token is wrong; 0: a bound that always holds "
         "(default: 1e-6)",
     )
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -84,5 +71,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     document["model"] = args.model
     print(format_table(document))
     if args.out:
-        args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_document(args.out, document)
     return document

@@ -1,17 +1,13 @@
 """`flashhead eval logprobs`: log-probabilities and perplexity of a text, against float32."""
 
 import argparse
-import json
 from typing import Any
 
 from flashhead.cli.arguments import (
     Parser,
-    add_head,
-    add_model,
+    add_evaluation,
     command,
-    existing_file,
-    integer,
-    new_file,
+    write_document,
 )
 
 
@@ -20,16 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser: Parser = command(
         subparsers, "logprobs", run, "compare log-probabilities of a text with float32"
     )
-    add_model(parser)
-    add_head(parser)
-    parser.add_argument(
-        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
-    )
-    parser.add_argument(
-        "--positions", type=integer(2), default=4096, metavar="N", help="default: 4096"
-    )
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the windows")
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
+    add_evaluation(parser, least_positions=2)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,5 +38,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     document["model"] = args.model
     print(format_logprobs(document))
     if args.out:
-        args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_document(args.out, document)
     return document

@@ -1,19 +1,16 @@
 """`flashhead eval sampling`: do draws follow the softmax of float32 logits, on real text."""
 
 import argparse
-import json
 from typing import Any
 
 from flashhead.cli.arguments import (
     Parser,
-    add_head,
-    add_model,
+    add_evaluation,
     command,
-    existing_file,
     integer,
-    new_file,
     real,
     reals,
+    write_document,
 )
 
 
@@ -22,11 +19,7 @@ def add_parser(subparsers: Any) -> None:
     parser: Parser = command(
         subparsers, "sampling", run, "test the sampler against the dense softmax on real text"
     )
-    add_model(parser)
-    add_head(parser)
-    parser.add_argument(
-        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
-    )
+    add_evaluation(parser, least_positions=None)
     parser.add_argument(
         "--draws", type=integer(1), default=10**6, metavar="N", help="each temperature (1000000)"
     )
@@ -49,8 +42,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="P",
         help="of a draw's certificate (default: 1e-6)",
     )
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="windows and noise")
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,5 +67,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     document["model"] = args.model
     print(format_table(document))
     if args.out:
-        args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_document(args.out, document)
     return document

@@ -30,7 +30,7 @@ for text that is harder than what the model samples itself."""
 INT8_SHARE = 0.6
 """The KL budget, as a share of what an int8 head with one scale a row is expected to lose. On text
 that a model samples itself, an int8 head loses 1.2-1.7 times what it loses on wikitext."""
-FALLBACK_BITS, FALLBACK_BUDGET = 2.0, 7e-4
+UNCALIBRATED_BITS, UNCALIBRATED_BUDGET = 2.0, 7e-4
 """Without calibration states."""
 
 
@@ -100,9 +100,9 @@ def choose(
     if hidden is None or hidden.shape[0] == 0:
         filled = dataclasses.replace(
             options,
-            bits=options.bits or FALLBACK_BITS,
+            bits=options.bits or UNCALIBRATED_BITS,
             planes=options.planes or 1,
-            kl_budget=options.kl_budget or FALLBACK_BUDGET,
+            kl_budget=options.kl_budget or UNCALIBRATED_BUDGET,
         )
         return Expectation(filled, [], None)
     some = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(options.seed))

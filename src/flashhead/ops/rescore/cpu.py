@@ -23,6 +23,7 @@ def weight_array(weight: Tensor) -> np.ndarray:
 
 
 def _widen(value: Any) -> Any:
+    """The name that `_widen_overload` compiles for each dtype; Python itself never calls it."""
     raise NotImplementedError("compiled only")
 
 
