@@ -5,9 +5,13 @@ import os
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # two thread pools share the cores of a test machine
+os.environ["FLASHHEAD_TUNE_CACHE"] = "0"  # the user's tune.json is neither read nor written
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 IMPLS = ("reference", "cpu")
 

@@ -12,7 +12,7 @@ from flashhead import environment
 from flashhead.bench import decode, timing
 from flashhead.bench.decode import ConstantHead, bench_decode, format_decode_table
 from flashhead.bench.head import COMPLETE, GREEDY, bench_head, format_head_table, verify_head
-from flashhead.bench.products import _check, pack_int4, pack_int8
+from flashhead.bench.products import check_product, pack_int4, pack_int8
 from flashhead.errors import FlashHeadError
 
 V, D = 211, 64
@@ -209,9 +209,9 @@ def test_wrong_product_is_not_timed():
     """Catches a check that compares a product with itself."""
     head = weight()
     rows = head.float()
-    _check("right", lambda hidden: nn.functional.linear(hidden, head), rows, head)
+    check_product("right", lambda hidden: nn.functional.linear(hidden, head), rows, head)
     with pytest.raises(RuntimeError, match="wrong product is off"):
-        _check("wrong", lambda hidden: nn.functional.linear(hidden, head).roll(1, 1), rows, head)
+        check_product("wrong", lambda h: nn.functional.linear(h, head).roll(1, 1), rows, head)
 
 
 def test_git_sha_is_of_flashheads_own_checkout(monkeypatch, tmp_path):
@@ -231,6 +231,15 @@ def test_git_sha_is_of_flashheads_own_checkout(monkeypatch, tmp_path):
 def test_git_answers_none_outside_a_repository(tmp_path):
     """Catches a traceback for a package that was installed from a wheel."""
     assert environment._git(tmp_path, "rev-parse", "HEAD") is None
+
+
+def test_driver_of_a_gpu_is_named(monkeypatch):
+    """Catches a traceback where there is no NVIDIA tool, and the lines of several cards."""
+    monkeypatch.setattr(environment.Path, "exists", lambda path: False)
+    monkeypatch.setattr(environment, "_output", lambda *command: None)
+    assert environment._gpu_driver() is None
+    monkeypatch.setattr(environment, "_output", lambda *command: "580.159.04\n580.159.04\n")
+    assert environment._gpu_driver() == "580.159.04"
 
 
 def test_provenance_is_json():

@@ -1,17 +1,18 @@
-"""The probe op: both implementations against float64, candidate rows, estimates, and what it
-refuses.
+"""The probe op: both implementations for CPUs against float64, candidate rows, estimates, and what
+it refuses.
 """
 
 import sys
 
 import pytest
 import torch
+from conftest import IMPLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
-from flashhead.ops.probe.api import IMPLEMENTATIONS, candidate_rows, estimates, probe
+from flashhead.ops.probe.api import candidate_rows, estimates, probe
 
 
 def make_case(
@@ -34,7 +35,7 @@ def make_case(
     return hidden, centroids, scale, offset, torch.randn(d, generator=generator)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(
     ("n", "clusters", "d"), [(1, 64, 64), (3, 37, 33), (2, 1, 1), (4, 1000, 640), (1, 5, 7)]
@@ -65,7 +66,7 @@ def test_scores_against_float64(impl, dtype, n, clusters, d):
     assert torch.equal(scores.gather(1, chosen), scores.topk(min(16, clusters)).values)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_rows_are_independent(impl):
     """A row whose probed clusters depend on its neighbours in the batch."""
     hidden, *index = make_case(6, 200, 48, torch.int8)
@@ -74,7 +75,7 @@ def test_rows_are_independent(impl):
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_and_strided_hidden_states(impl):
     """A kernel that walks memory as if every tensor were contiguous float32."""
     hidden, *index = make_case(8, 50, 40, torch.int8)
@@ -84,7 +85,7 @@ def test_bf16_and_strided_hidden_states(impl):
     assert torch.equal(probe(hidden.bfloat16(), *index, 4, impl=impl)[0], wanted)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_no_rows(impl):
     """An empty batch that crashes the kernel."""
     hidden, *index = make_case(0, 50, 40, torch.int8)
@@ -128,7 +129,7 @@ def test_estimates():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"impl": "triton"}, "impl='triton'"),
+        ({"impl": "magic"}, "impl='magic'"),
         ({"probes": 0}, "probes=0"),
         ({"hidden": torch.zeros(2, 5)}, "hidden"),
         ({"hidden": torch.zeros(4)}, "hidden"),

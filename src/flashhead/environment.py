@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("flashhead", "torch", "transformers", "numba", "numpy", "safetensors")
+PACKAGES = ("flashhead", "torch", "transformers", "triton", "numba", "numpy", "safetensors")
 ISA_FLAGS = (
     *("avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_vpopcntdq", "avx512_bf16"),
     *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -34,16 +35,45 @@ def hardware() -> dict[str, Any]:
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **_gpu(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The current CUDA device; every value is None without one, but for torch's CUDA version."""
+    found: dict[str, Any] = {"gpu": None, "gpu_memory_gib": None, "gpu_capability": None}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["gpu"] = properties.name
+        found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["gpu_capability"] = f"{properties.major}.{properties.minor}"
+    return found | {"gpu_driver": _gpu_driver(), "cuda": torch.version.cuda}
+
+
+def _gpu_driver() -> str | None:
+    """Version of the NVIDIA driver, as its kernel module or its tool says it."""
+    path = Path("/proc/driver/nvidia/version")
+    if path.exists():
+        numbers = re.findall(r"\b\d{3}\.\d+(?:\.\d+)?\b", path.read_text(encoding="utf-8"))
+        if numbers:
+            return str(numbers[0])
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    lines = (_output(*query) or "").splitlines()
+    return lines[0].strip() if lines else None
+
+
+def cpu_name() -> str:
+    """The processor's model as its maker spells it, else its architecture."""
+    fields = _first_fields(Path("/proc/cpuinfo"))
+    return fields.get("model name") or platform.processor() or platform.machine()
 
 
 def _first_fields(path: Path) -> dict[str, str]:
@@ -84,7 +114,11 @@ def git_sha() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    return _output("git", "--no-optional-locks", "-C", str(folder), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None: it is not there, fails, or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -149,7 +149,7 @@ def verify_head(head: "FlashHead", hidden: Tensor) -> dict[str, Any]:
         RuntimeError: one of the two does not hold; the message says where.
     """
     output = head.search(hidden)
-    truth, eager_error = _float64_logits(hidden, head.weight, head.bias)
+    truth, eager_error = float64_logits(hidden, head.weight, head.bias)
     slack = 4 * eager_error
     error = (output.logits.double() - truth).abs()
     exact = (error <= slack).sum(1)
@@ -187,10 +187,12 @@ def verify_head(head: "FlashHead", hidden: Tensor) -> dict[str, Any]:
     }
 
 
-def _float64_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
-    """Float64 logits `[n, V]`, and the largest error of the eager float32 ones."""
+def float64_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
+    """Float64 logits `[n, V]` on the device of `hidden`, and the largest error of the eager float32
+    ones.
+    """
     vocab_size, d = weight.shape
-    logits = torch.empty(len(hidden), vocab_size, dtype=torch.float64)
+    logits = torch.empty(len(hidden), vocab_size, dtype=torch.float64, device=hidden.device)
     worst = 0.0
     block_rows = max(1, BLOCK_WEIGHTS // d)
     for start in range(0, vocab_size, block_rows):

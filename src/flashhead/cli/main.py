@@ -28,6 +28,7 @@ from flashhead.cli import (
     eval_sampling,
     generate,
     inspect,
+    tune,
 )
 from flashhead.cli.arguments import Parser
 from flashhead.errors import FlashHeadError
@@ -48,7 +49,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, convert, inspect):
+    for module in (demo, generate, convert, inspect, tune):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)

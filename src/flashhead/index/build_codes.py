@@ -39,6 +39,9 @@ def build_codes(
             every direction counts alike then, and the index needs more bytes for the same fidelity.
         progress: show a progress bar on stderr.
 
+    Returns:
+        The index, on the device of `weight`, where it is built.
+
     Raises:
         FlashHeadError: `weight` is no finite matrix, or `hidden` does not fit it.
     """
@@ -54,9 +57,11 @@ def build_codes_expecting(
             f"head weight is {weight.dtype}{list(weight.shape)}, wanted floating [V, d]"
         )
     weight = weight.detach()
+    hidden = None if hidden is None else hidden.detach().to(weight.device)
     mean, covariance = _row_moments(weight)
     moments = hidden_moments(hidden, mean)
     variances, functionals = _spectrum(moments, covariance)
+    variances = variances.cpu()  # a few thousand numbers, looked at one by one
     expected = choose(variances, weight, options, hidden)
     options = expected.options
     assert options.bits is not None
@@ -111,9 +116,10 @@ def _row_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
     one pass, checked to be finite.
     """
     rows, d = weight.shape
-    total, square = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    total = torch.zeros(d, dtype=torch.float64, device=weight.device)
+    square = torch.zeros(d, d, dtype=torch.float64, device=weight.device)
     for start in range(0, rows, _CHUNK_ROWS):
-        chunk = weight[start : start + _CHUNK_ROWS].float().cpu()
+        chunk = weight[start : start + _CHUNK_ROWS].float()
         total += chunk.double().sum(0)
         square += (chunk.T @ chunk).double()
     if not (torch.isfinite(total).all() and torch.isfinite(square).all()):
@@ -133,9 +139,9 @@ def _spectrum(moments: HiddenMoments, covariance: Tensor) -> tuple[Tensor, Tenso
     inner = half.T @ covariance @ half
     spectrum, basis = torch.linalg.eigh((inner + inner.T) / 2)
     whiten = (moments.complement @ (vectors * inverse_root) @ basis.flip(1)).T  # float64[d-1, d]
-    functionals = torch.zeros(padded_dims(d), d, dtype=torch.float64)
+    functionals = whiten.new_zeros(padded_dims(d), d)
     functionals[: d - 1] = whiten
-    variances = torch.zeros(padded_dims(d), dtype=torch.float64)
+    variances = spectrum.new_zeros(padded_dims(d))
     variances[: d - 1] = spectrum.flip(0).clamp_min(0)
     return variances, functionals
 
@@ -149,12 +155,12 @@ def _ordered(bits: list[int], variances: Tensor) -> tuple[Tensor, list[tuple[int
 
 
 def _rotated(functionals: Tensor, widths: list[tuple[int, int]], seed: int) -> Tensor:
-    """A random rotation inside each segment: float64[D, d]."""
+    """A random rotation inside each segment, of numbers drawn on the CPU: float64[D, d]."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in functionals.split([dims for dims, _ in widths]):
         gauss = torch.randn(len(part), len(part), generator=generator, dtype=torch.float64)
-        parts.append(torch.linalg.qr(gauss)[0] @ part)
+        parts.append(torch.linalg.qr(gauss.to(part.device))[0] @ part)
     return torch.cat(parts)
 
 
@@ -196,9 +202,9 @@ def _with_factors(part: _Coded, segments: tuple[Segment, ...]) -> Tensor:
     The factor will multiply the variance from the query's rounding too, so that is taken into
     account: its step is about sqrt(2 ln n_g) / 127 root mean squares of h_g.
     """
-    wanted = torch.tensor([segment.error[1:] for segment in segments])  # [segments, planes]
-    rounding = torch.tensor([2 * math.log(s.dims) / 127**2 / 12 * s.energy for s in segments])
     squares = part.scale.float().square()
+    wanted = squares.new_tensor([segment.error[1:] for segment in segments])  # [segments, planes]
+    rounding = squares.new_tensor([2 * math.log(s.dims) / 127**2 / 12 * s.energy for s in segments])
     actual = (part.errors[:, 1:].nan_to_num(0) * squares[:, None]).sum(0)  # [planes, n]
     own = rounding @ squares
     modelled = wanted.T @ squares + own

@@ -50,9 +50,7 @@ def hidden_moments(hidden: Tensor | None, weight_mean: Tensor) -> HiddenMoments:
     d = weight_mean.shape[0]
     if hidden is None or hidden.shape[0] == 0:
         direction = _unit(weight_mean)
-        return HiddenMoments(
-            direction, _complement(direction), torch.eye(d - 1, dtype=torch.float64), 0
-        )
+        return HiddenMoments(direction, _complement(direction), _identity(d - 1, direction), 0)
     if hidden.dim() != 2 or hidden.shape[1] != d:
         raise FlashHeadError(
             f"calibration hidden states have shape {tuple(hidden.shape)}, wanted [tokens, {d}]"
@@ -69,10 +67,14 @@ def hidden_moments(hidden: Tensor | None, weight_mean: Tensor) -> HiddenMoments:
     moment = rest.T @ rest / len(rest)
     level = moment.diagonal().mean() if d > 1 else moment.new_zeros(())
     if level <= 0:
-        moment = torch.eye(d - 1, dtype=torch.float64)
+        moment = _identity(d - 1, direction)
     else:
-        moment = moment + SHRINKAGE * level * torch.eye(d - 1, dtype=torch.float64)
+        moment = moment + SHRINKAGE * level * _identity(d - 1, direction)
     return HiddenMoments(direction, complement, moment, len(states))
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=like.device)
 
 
 def _unit(vector: Tensor) -> Tensor:
@@ -92,5 +94,5 @@ def _complement(direction: Tensor) -> Tensor:
     mirror = direction.clone()
     mirror[0] += torch.where(direction[0] >= 0, 1.0, -1.0)
     mirror = mirror / mirror.norm()
-    basis = torch.eye(d, dtype=torch.float64) - 2 * torch.outer(mirror, mirror)
+    basis = _identity(d, direction) - 2 * torch.outer(mirror, mirror)
     return basis[:, 1:]

@@ -99,12 +99,22 @@ class ClustersIndex:
         """Bytes that probing one cluster reads besides its rows: the list of its members."""
         return 4 * int(self.members.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name."""
         fields = (field.name for field in dataclasses.fields(self))
         return {
             name: getattr(self, name) for name in fields if isinstance(getattr(self, name), Tensor)
         }
+
+    def to(self, device: torch.device) -> "ClustersIndex":
+        """The index on a device; itself if it is there."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self if self.device == device else dataclasses.replace(self, **moved)
 
     def metadata(self) -> dict[str, Any]:
         """What `from_tensors` needs besides the tensors, as JSON values."""

@@ -148,10 +148,20 @@ class CodesIndex:
         """Bytes that one plane reads of a row."""
         return int(self.refine.shape[2]) * 4
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name."""
         names = ("base", "refine", "scale", "direction", "exact", "transform")
         return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device) -> "CodesIndex":
+        """The index on a device; itself if it is there."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self if self.device == device else dataclasses.replace(self, **moved)
 
     def metadata(self) -> dict[str, Any]:
         """What `from_tensors` needs besides the tensors, as JSON values."""

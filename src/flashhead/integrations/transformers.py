@@ -82,6 +82,7 @@ def load(
     head: str | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
     impl: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -94,6 +95,7 @@ def load(
             local `.gguf` file.
         head: "codes", "clusters" or "dense"; None: the folder's index if it has one, else "codes".
         dtype: of the weights.
+        device: where the model goes before its head is attached.
         impl: "auto", "cpu" or "reference".
         trust_remote_code: run Python code that the model's folder brings.
         progress: progress bars on stderr.
@@ -109,7 +111,7 @@ def load(
     if head is not None:
         _require_head(head)
     source = resolve(model, progress)
-    loaded = load_dense(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_dense(source, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     section = getattr(loaded.config, "flashhead", None)
     if not isinstance(section, dict) or not Path(source).is_dir():
         section = None

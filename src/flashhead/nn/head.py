@@ -10,7 +10,7 @@ batches), gradients, and hidden states that are not finite.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from flashhead.errors import FlashHeadError
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
-from flashhead.nn.crossover import measure_crossover
+from flashhead.nn.crossover import find_crossover
 from flashhead.nn.next_token import Context, next_token
 from flashhead.nn.output import HeadOutput, HeadStatistics, LogProbs, NextToken
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.rescore.api import rescore
 from flashhead.options import Sampling, require_failure_probability
+
+if TYPE_CHECKING:
+    from flashhead.nn.device import DeviceSearch
+
+_DEVICE_ROWS = 2**14
 
 
 class FlashHead(nn.Linear):
@@ -32,7 +37,7 @@ class FlashHead(nn.Linear):
     Args:
         linear: the head to replace; its weight and bias are shared, not copied.
         index: index of that weight, or None for a dense head.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "triton" or "reference".
         sample: floating `[n, d]`, hidden states to measure the crossover with, or None for random
             ones.
 
@@ -54,10 +59,11 @@ class FlashHead(nn.Linear):
         self.train(linear.training)
         self.index = index
         self.sample = sample
-        self.stats = HeadStatistics()
+        self._stats = HeadStatistics()
+        self.device_search: DeviceSearch | None = None
         self.kind = "dense" if index is None else index.kind
         self.impl = "dense"
-        self.crossover_rows = 0
+        self.crossover_rows = self.token_crossover_rows = 0
         if index is not None:
             if (index.vocab_size, index.hidden_size) != tuple(self.weight.shape):
                 got = [index.vocab_size, index.hidden_size]
@@ -65,9 +71,46 @@ class FlashHead(nn.Linear):
                     f"the index is of a head {got}, this head is {list(self.weight.shape)}"
                 )
             self.impl = resolve_impl(impl, self.weight.device)
-            self.plan: Any = _plan_of(index)
-            self._fingerprint = self._weight_state()
-            self.crossover_rows = measure_crossover(self)
+            self._place()
+            found = find_crossover(self)
+            self.crossover_rows, self.token_crossover_rows = found.logits, found.token
+
+    def _place(self) -> None:
+        """Bring the index to where the weight is."""
+        assert self.index is not None
+        self.index = self.index.to(self.weight.device)
+        self.plan: Any = _plan_of(self.index)
+        self._fingerprint = self._weight_state()
+        self.device_search = None
+        if self.impl == "triton":
+            from flashhead.nn.device import DeviceSearch
+
+            self.device_search = DeviceSearch(self.index, self.weight, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
+        """`to(device)` and the like: the index follows the weight to another device."""
+        before = self.weight.device, self.weight.dtype
+        super()._apply(fn, recurse)
+        moved = before[0] != self.weight.device and before[1] == self.weight.dtype
+        if self.index is not None and moved:
+            self.impl = resolve_impl("auto", self.weight.device)
+            self._place()
+            found = find_crossover(self)
+            self.crossover_rows, self.token_crossover_rows = found.logits, found.token
+        return self
+
+    @property
+    def stats(self) -> HeadStatistics:
+        """Counters since the last reset; on a GPU reading them waits for the device."""
+        if self.device_search is not None:
+            self._stats.add_counts(*self.device_search.take_totals())
+        return self._stats
+
+    @stats.setter
+    def stats(self, value: HeadStatistics) -> None:
+        if self.device_search is not None:
+            self.device_search.take_totals()
+        self._stats = value
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states;
@@ -82,9 +125,10 @@ class FlashHead(nn.Linear):
         rows = hidden.numel() // max(1, self.in_features)
         if self._searches(hidden, rows):
             output = self._search(hidden.reshape(-1, self.in_features))
-            self.stats.add(output)
+            if self.device_search is None or self.kind == "clusters":
+                self._stats.add(output)
             return output.logits.view(*hidden.shape[:-1], self.out_features)
-        self.stats.add_dense(rows, self.dense_bytes)
+        self._stats.add_dense(rows, self.dense_bytes)
         return self.dense(hidden).float()
 
     def dense(self, hidden: Tensor) -> Tensor:
@@ -106,7 +150,6 @@ class FlashHead(nn.Linear):
         self._require_hidden(hidden)
         return self._search(hidden)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def next_token(
         self,
@@ -138,7 +181,25 @@ class FlashHead(nn.Linear):
         self._require_hidden(hidden)
         require_failure_probability(failure_probability)
         sampling = sampling or Sampling()
-        steps = torch.arange(len(hidden)) if steps is None else steps
+        if self._draws_on_device(sampling, contexts) and len(hidden):
+            assert self.device_search is not None
+            if not torch.compiler.is_compiling():
+                self._require_unchanged()
+            return self.device_search.next_token(
+                hidden, failure_probability, sampling.temperature, sampling.seed, steps
+            )
+        return self._next_token(hidden, sampling, steps, contexts, failure_probability)
+
+    @torch.compiler.disable
+    def _next_token(
+        self,
+        hidden: Tensor,
+        sampling: Sampling,
+        steps: Tensor | None,
+        contexts: list[Context] | None,
+        failure_probability: float,
+    ) -> NextToken:
+        steps = torch.arange(len(hidden)) if steps is None else steps.cpu()
         if steps.dtype != torch.int64 or steps.shape != (len(hidden),):
             got = f"{steps.dtype} {list(steps.shape)}"
             raise FlashHeadError(f"steps is {got}: wanted int64 [{len(hidden)}]")
@@ -148,8 +209,13 @@ class FlashHead(nn.Linear):
             empty = torch.zeros(0, dtype=torch.int64)
             return NextToken(empty, empty.bool(), empty.bool(), empty, empty)
         chosen = next_token(self, hidden, sampling, steps, contexts, failure_probability)
-        self.stats.add(chosen)
+        self._stats.add(chosen)
         return chosen
+
+    def _draws_on_device(self, sampling: Sampling, contexts: list[Context] | None) -> bool:
+        """Whether the kernels do all of it: no filters, penalties, biases or masks."""
+        certain = self.device_search is not None and self.kind == "codes"
+        return certain and contexts is None and not sampling.filters
 
     @torch.no_grad()
     def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> LogProbs:
@@ -211,8 +277,8 @@ class FlashHead(nn.Linear):
 
     @property
     def searches_codes(self) -> bool:
-        """Whether the index is one that certifies."""
-        return isinstance(self.index, CodesIndex)
+        """Whether the host can search an index that certifies, with biases and margins."""
+        return isinstance(self.index, CodesIndex) and self.device_search is None
 
     @property
     def noise_impl(self) -> str:
@@ -232,9 +298,12 @@ class FlashHead(nn.Linear):
             hidden: floating `[d]`.
             rows: row ids, or None.
         """
-        rows = torch.arange(self.out_features) if rows is None else rows
         bias = None if self.bias is None else self.bias.detach().float()
-        return rescore(hidden, self.weight.detach(), bias, rows, impl=self.noise_impl)
+        weight = self.weight.detach()
+        if weight.device.type != "cpu":
+            return _device_logits(hidden, weight, bias, rows)
+        rows = torch.arange(self.out_features) if rows is None else rows
+        return rescore(hidden, weight, bias, rows, impl=self.noise_impl)
 
     def search_rows(self, hidden: Tensor, bias: Tensor | None, **options: Any) -> HeadOutput:
         """Search the codes with a bias of one's own, or score all rows without codes.
@@ -250,9 +319,10 @@ class FlashHead(nn.Linear):
         own = None if self.bias is None else self.bias.detach().float()
         added = own if bias is None else bias if own is None else bias + own
         weight = self.weight.detach()
-        if isinstance(self.index, CodesIndex):
+        if self.searches_codes:
             from flashhead.nn.search import search_codes
 
+            assert isinstance(self.index, CodesIndex)
             return search_codes(hidden, weight, added, self.index, self.plan, self.impl, **options)
         logits = torch.stack([self.exact_logits(state, None) for state in hidden])
         logits = logits if bias is None else logits + bias
@@ -269,7 +339,7 @@ class FlashHead(nn.Linear):
             raise FlashHeadError(
                 f"hidden has shape {list(hidden.shape)}, wanted [n, {self.in_features}]"
             )
-        if not _is_finite(hidden):
+        if self.device_search is None and not _is_finite(hidden):
             raise FlashHeadError("hidden holds NaN or infinity: no token can be searched for")
 
     def _require_unchanged(self) -> None:
@@ -278,9 +348,24 @@ class FlashHead(nn.Linear):
                 "the head's weight changed after its index was built: detach and attach again"
             )
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _search(self, hidden: Tensor) -> HeadOutput:
+        if self.device_search is not None:
+            return self._search_device(hidden)
+        return self._search_host(hidden)
+
+    def _search_device(self, hidden: Tensor) -> HeadOutput:
+        from flashhead.nn.device import clusters_output, logits_output
+
+        assert self.device_search is not None
+        if not torch.compiler.is_compiling():
+            self._require_unchanged()
+        if isinstance(self.index, CodesIndex):
+            return logits_output(self.device_search, hidden, self.index)
+        return clusters_output(self.device_search, hidden, self.dense_bytes)
+
+    @torch.compiler.disable
+    def _search_host(self, hidden: Tensor) -> HeadOutput:
         self._require_unchanged()
         from flashhead.nn.search import search_clusters, search_codes
 
@@ -300,7 +385,7 @@ class FlashHead(nn.Linear):
             return False
         if torch.is_grad_enabled() and (hidden.requires_grad or self.training):
             return False
-        return _is_finite(hidden)
+        return self.device_search is not None or _is_finite(hidden)
 
     def _weight_state(self) -> tuple[int, int, torch.dtype]:
         version = 0 if self.weight.is_inference() else self.weight._version
@@ -313,6 +398,23 @@ def _plan_of(index: CodesIndex | ClustersIndex) -> Any:
 
         return make_plan(index)
     return None
+
+
+def _device_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """Float32 products on the weight's device, a part of the rows at a time; the sums to the host.
+
+    What the GPU kernels do not serve (filters, penalties, log-probabilities) goes on from there.
+    """
+    state = hidden.to(weight.device).float()
+    chosen = None if rows is None else rows.to(weight.device)
+    parts = weight.split(_DEVICE_ROWS) if chosen is None else weight[chosen].split(_DEVICE_ROWS)
+    # elementwise products and sums: no TF32, whatever the user allows matrix products
+    logits = torch.cat([(part.float() * state).sum(1) for part in parts])
+    if bias is not None:
+        logits += bias if chosen is None else bias[chosen]
+    return logits.cpu()
 
 
 def _is_finite(hidden: Tensor) -> bool:

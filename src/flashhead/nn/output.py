@@ -92,6 +92,16 @@ class HeadStatistics:
         for name in ("candidates", "certified", "fallback", "bytes_read"):
             setattr(self, name, getattr(self, name) + sum(getattr(output, name).tolist()))
 
+    def add_counts(
+        self, rows: int, certified: int, fallback: int, candidates: int, bytes_read: int
+    ) -> None:
+        """Count searches that were counted elsewhere."""
+        self.rows += rows
+        self.certified += certified
+        self.fallback += fallback
+        self.candidates += candidates
+        self.bytes_read += bytes_read
+
     def add_dense(self, rows: int, row_bytes: int) -> None:
         """Count rows that took the dense product, which reads the whole head for each alone."""
         self.rows += rows

@@ -6,17 +6,23 @@
     logit of any other token of cluster j ~ score_j * estimate_scale_j + estimate_offset_j
 
 `index.clusters` says where the tensors come from. `impl="reference"` is eager torch and the
-specification; `impl="cpu"` reads the stored bytes of the centroids in a Numba kernel. An
-implementation that cannot run is an error.
+specification; `impl="cpu"` reads the stored bytes of the centroids in a Numba kernel;
+`impl="triton"` does so on a GPU. An implementation that cannot run is an error.
+
+`search` is all of it at once on a GPU, without the lists of candidates.
 """
+
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
+from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.probe import reference
 
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
 
 def probe(
@@ -43,10 +49,11 @@ def probe(
         centroid_offset: `float32[C]`.
         common: `float32[d]`.
         probes: clusters to take; all C if there are fewer.
-        impl: "reference" or "cpu".
+        impl: "reference", "cpu" or "triton".
 
     Returns:
-        scores `float32[n, C]` and clusters `int64[n, min(probes, C)]`, best first.
+        scores `float32[n, C]` and clusters `int64[n, min(probes, C)]`, best first. Of equal scores
+        "triton" takes the lowest clusters, in order.
 
     Raises:
         FlashHeadError: shapes or dtypes do not fit, or `impl` is unknown or cannot run here.
@@ -54,6 +61,12 @@ def probe(
     _check(hidden, centroids, centroid_scale, centroid_offset, common)
     if probes < 1:
         raise FlashHeadError(f"probes={probes}: wanted 1 or more")
+    if impl == "triton":
+        kernels = _triton_module("triton")
+        scores = kernels.cluster_scores(hidden, centroids, centroid_scale, centroid_offset, common)
+        clusters = kernels.best_clusters(scores, min(probes, scores.shape[1]))[0].long()
+        order = scores.gather(1, clusters).sort(dim=1, descending=True, stable=True).indices
+        return scores, clusters.gather(1, order)
     hidden = hidden.float()
     if impl == "reference":
         scores = reference.cluster_scores(
@@ -73,6 +86,60 @@ def probe(
     else:
         raise FlashHeadError(f"impl={impl!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
     return scores, scores.topk(min(probes, scores.shape[1]), dim=1).indices
+
+
+def search(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: ClustersIndex,
+    estimated: Tensor,
+    *,
+    winner_only: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens and logits as `nn.search.search_clusters` gives them, in four Triton kernels.
+
+    Equals, but that of equal scores the lowest clusters are probed, with rows the candidates,
+        logits = estimates(scores, ...)
+        logits[rows] = weight[rows].float() @ hidden.float() + bias[rows]
+        tokens = logits.argmax(1)
+
+    Args:
+        hidden: bfloat16, float16 or float32 `[n, d]`, finite.
+        weight: bfloat16, float16 or float32 `[V, d]`, contiguous.
+        bias: `float32[V]` or None.
+        index: clusters of `weight`, on the same GPU.
+        estimated: `estimated_tokens(index)`, made once.
+        winner_only: without the logits; nothing of V elements is then written.
+
+    Returns:
+        tokens `int64[n]`, and logits `float32[n, V]` or None.
+
+    Raises:
+        FlashHeadError: shapes, dtypes or devices do not fit, or triton is missing.
+    """
+    _check(hidden, index.centroids, index.centroid_scale, index.centroid_offset, index.common)
+    shape = (index.vocab_size, index.hidden_size)
+    wanted = {"weight": (weight, shape), "estimated": (estimated, (index.clusters,))}
+    if bias is not None:
+        wanted["bias"] = (bias, shape[:1])
+    for name, (tensor, size) in wanted.items():
+        dtypes = _SEARCH_DTYPES[name]
+        if tuple(tensor.shape) != size or tensor.dtype not in dtypes or not tensor.is_contiguous():
+            got = f"{tensor.dtype}{list(tensor.shape)}"
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise FlashHeadError(f"{name} is {got}, wanted contiguous {names} {list(size)}")
+    return _triton_module("triton_search").search(
+        hidden, weight, bias, index, estimated, winner_only=winner_only
+    )
+
+
+def estimated_tokens(index: ClustersIndex) -> Tensor:
+    """Lowest token of each cluster that is not always scored, -1 if there is none: `int32[C]`.
+
+    Of the tokens that a cluster would leave at its estimate it is the one that argmax takes.
+    """
+    return reference.estimated_tokens(index.members, index.always)
 
 
 def candidate_rows(members: Tensor, clusters: Tensor, always: Tensor) -> Tensor:
@@ -101,6 +168,21 @@ def estimates(
         estimate_offset: `float32[C]`.
     """
     return reference.estimates(scores, cluster_of, estimate_scale, estimate_offset)
+
+
+_SEARCH_DTYPES = {
+    "weight": (torch.bfloat16, torch.float16, torch.float32),
+    "bias": (torch.float32,),
+    "estimated": (torch.int32,),
+}
+
+
+def _triton_module(name: str) -> ModuleType:
+    """A module of kernels by name; FlashHeadError if triton is missing."""
+    try:
+        return importlib.import_module(f"flashhead.ops.probe.{name}")
+    except ImportError as error:
+        raise FlashHeadError(f"impl='triton' needs triton ({error}): pip install triton") from error
 
 
 def _check(

@@ -29,3 +29,11 @@ def candidate_rows(members: Tensor, clusters: Tensor, always: Tensor) -> Tensor:
 def estimates(scores: Tensor, cluster_of: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """score_j * scale_j + offset_j of every token's cluster j: float32[n, V]."""
     return (scores * scale + offset).index_select(1, cluster_of)
+
+
+def estimated_tokens(members: Tensor, always: Tensor) -> Tensor:
+    """Lowest token of each cluster that is not in `always`, -1 if there is none: int32[C]."""
+    none = torch.iinfo(members.dtype).max
+    left_out = (members < 0) | torch.isin(members, always)
+    lowest = members.masked_fill(left_out, none).amin(1)
+    return lowest.masked_fill(lowest == none, -1)

@@ -1,0 +1,261 @@
+"""The head's searches on a GPU: nothing waits for the device, answers stay on it.
+
+What `next_token` returns there (`DeviceNextToken`) is one tensor; its fields are views or computed
+when they are looked at. Counters of the head are kept on the device and read when `head.stats` is.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashhead.index.clusters import ClustersIndex
+from flashhead.index.codes import CodesIndex
+from flashhead.nn.graphs import GraphCache, replays
+from flashhead.nn.output import HeadOutput, NextToken
+from flashhead.ops.cascade import triton as ops
+
+TOTALS = 5
+
+
+class DeviceNextToken(NextToken):
+    """`NextToken` whose fields come from the packed answers of a search.
+
+    Args:
+        answers: `int64[8, n]` of `ops.cascade.triton.next_token`.
+    """
+
+    def __init__(self, answers: Tensor) -> None:
+        object.__setattr__(self, "answers", answers)
+
+    @property
+    def tokens(self) -> Tensor:  # type: ignore[override]
+        """`int64[n]`, a view."""
+        return self.answers[0]
+
+    @property
+    def certified(self) -> Tensor:  # type: ignore[override]
+        """`bool[n]`."""
+        return self.answers[1] != 0
+
+    @property
+    def fallback(self) -> Tensor:  # type: ignore[override]
+        """`bool[n]`: more than half of the rows were scored exactly."""
+        return self.answers[2] != 0
+
+    @property
+    def candidates(self) -> Tensor:  # type: ignore[override]
+        """`int64[n]`, a view."""
+        return self.answers[3]
+
+    @property
+    def bytes_read(self) -> Tensor:  # type: ignore[override]
+        """`int64[n]`, a view."""
+        return self.answers[4]
+
+    @property
+    def scores(self) -> Tensor:
+        """`float32[n]`, exact scores of the tokens: logit, bias and noise."""
+        return self.answers[5].to(torch.int32).view(torch.float32)
+
+    answers: Tensor
+
+
+class DeviceSearch:
+    """Searches of one head on its device.
+
+    Args:
+        index: codes or clusters, on the device of `weight`.
+        weight: bfloat16, float16 or float32 `[V, d]`, contiguous.
+        bias: `[V]` or None.
+    """
+
+    def __init__(
+        self, index: CodesIndex | ClustersIndex, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        self.weight, self.device = weight.detach(), weight.device
+        self.bias = None if bias is None else bias.detach().float().view(1, -1)
+        self.graphs = GraphCache()
+        self.totals = torch.zeros(TOTALS, dtype=torch.int64, device=self.device)
+        self._counters_of: dict[int, Tensor] = {}
+        self.index = index
+        if isinstance(index, CodesIndex):
+            self.codes = ops.device_index(index, self.device)
+        else:
+            from flashhead.ops.probe.api import estimated_tokens
+
+            self.estimated = estimated_tokens(index)
+
+    def next_token(
+        self,
+        hidden: Tensor,
+        failure_probability: float,
+        temperature: float = 0.0,
+        seed: int = 0,
+        steps: Tensor | None = None,
+    ) -> DeviceNextToken:
+        """Certified winners, with Gumbel noise if the temperature is above 0.
+
+        Args:
+            hidden: floating `[n, d]`.
+            failure_probability: of the certificate.
+            temperature: 0 or more.
+            seed: 64 bits.
+            steps: `int64[n]`; None: 0, 1, ....
+        """
+        z = self._z(failure_probability)
+        if temperature == 0:
+            (answers,) = self._run(("token", z), self._tokens(z), [hidden], 0)
+            return DeviceNextToken(answers)
+        n = len(hidden)
+        steps = self._counting(n) if steps is None else steps.to(self.device)
+        noise = [self._temperature(n, temperature), self._seed(n, seed)]
+        (answers,) = self._run(("drawn", z), self._tokens(z), [hidden, steps, *noise], 2)
+        return DeviceNextToken(answers)
+
+    def logits(
+        self, hidden: Tensor, failure_probability: float, kl_budget: float
+    ) -> tuple[Tensor, DeviceNextToken]:
+        """Complete logits `float32[n, V]` and the certified winners."""
+        z = self._z(failure_probability)
+        codes = self.codes
+
+        def search(hidden: Tensor, counters: Tensor) -> tuple[Tensor, ...]:
+            return ops.logits(
+                hidden.contiguous(),
+                self.weight,
+                self.bias,
+                codes.tensors,
+                codes.sizes,
+                counters,
+                self.totals,
+                z,
+                codes.reach,
+                kl_budget,
+            )
+
+        logits, answers = self._run(("logits", z, kl_budget), search, [hidden], 0)
+        return logits, DeviceNextToken(answers)
+
+    def clusters(self, hidden: Tensor, winner_only: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens `int64[n]` and complete logits `float32[n, V]` of a clusters index."""
+        from flashhead.ops.probe.api import search
+
+        index = self.index
+        assert isinstance(index, ClustersIndex)
+        bias = None if self.bias is None else self.bias[0]
+
+        def run(hidden: Tensor) -> tuple[Tensor, ...]:
+            tokens, logits = search(
+                hidden, self.weight, bias, index, self.estimated, winner_only=winner_only
+            )
+            return (tokens,) if logits is None else (tokens, logits)
+
+        found = self.graphs(("clusters", winner_only), run, [hidden])
+        return found[0], None if winner_only else found[1]
+
+    def take_totals(self) -> list[int]:
+        """Hidden states, certified, fallback, candidates, bytes since the last call; waits."""
+        numbers = [int(number) for number in self.totals.tolist()]
+        self.totals.zero_()
+        return numbers
+
+    def _z(self, failure_probability: float) -> float:
+        return ops.kernel_z(failure_probability, self.codes.layout.planes + 1)
+
+    def _tokens(self, z: float) -> Any:
+        codes = self.codes
+
+        def search(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            *noise, counters = rest
+            if noise:
+                steps, temperature, seeds = noise
+                noise = [temperature, seeds, steps]
+            answers = ops.next_token(
+                hidden.contiguous(),
+                self.weight,
+                self.bias,
+                codes.tensors,
+                codes.sizes,
+                noise,
+                counters,
+                self.totals,
+                z,
+                codes.reach,
+            )
+            return (answers,)
+
+        return search
+
+    def _run(
+        self, kind: tuple[Any, ...], function: Any, inputs: list[Tensor], constant: int
+    ) -> tuple[Tensor, ...]:
+        """In parts of at most `MOST_STATES` hidden states, each by a replay or directly."""
+        ops.check(self.weight)
+        parts = [x.split(ops.MOST_STATES) for x in inputs]
+        found = [self._part(kind, function, list(part), constant) for part in zip(*parts, strict=True)]
+        if len(found) == 1:
+            return found[0]
+        *first, answers = zip(*found, strict=True)
+        return (*(torch.cat(part) for part in first), torch.cat(answers, 1))
+
+    def _part(
+        self, kind: tuple[Any, ...], function: Any, inputs: list[Tensor], constant: int
+    ) -> tuple[Tensor, ...]:
+        own = self._counters() if replays(inputs[0]) else self._new_counters()
+
+        def with_counters(*given: Tensor) -> tuple[Tensor, ...]:
+            result: tuple[Tensor, ...] = function(*given, own)
+            return result
+
+        return self.graphs(kind, with_counters, inputs, constant)
+
+    def _new_counters(self) -> Tensor:
+        return torch.zeros(ops.COUNTERS, dtype=torch.int32, device=self.device)
+
+    def _counters(self) -> Tensor:
+        """Counters of the current stream: kernels leave them at zero."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if stream not in self._counters_of:
+            self._counters_of[stream] = self._new_counters()
+        return self._counters_of[stream]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (a head lives as long as its model)
+    def _counting(self, n: int) -> Tensor:
+        return torch.arange(n, device=self.device)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _temperature(self, n: int, temperature: float) -> Tensor:
+        return torch.full((n,), temperature, device=self.device)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _seed(self, n: int, seed: int) -> Tensor:
+        from flashhead.ops.noise.triton import signed
+
+        return torch.full((n,), signed(seed), dtype=torch.int64, device=self.device)
+
+
+def logits_output(search: DeviceSearch, hidden: Tensor, index: CodesIndex) -> HeadOutput:
+    """`HeadOutput` of a codes index; its rows scored exactly are not listed."""
+    budget = index.options.kl_budget
+    assert budget is not None
+    logits, found = search.logits(hidden, index.options.failure_probability, budget)
+    return HeadOutput(
+        logits, found.tokens, found.candidates, found.certified, found.fallback, found.bytes_read
+    )
+
+
+def clusters_output(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> HeadOutput:
+    """`HeadOutput` of a clusters index; candidates and bytes are those of full clusters."""
+    index = search.index
+    assert isinstance(index, ClustersIndex)
+    tokens, logits = search.clusters(hidden, winner_only=False)
+    assert logits is not None
+    probes = min(index.options.probes, index.centroids.shape[0])
+    rows = min(search.weight.shape[0], probes * index.members.shape[1] + len(index.always))
+    row_bytes = dense_bytes // search.weight.shape[0]
+    read = index.scan_bytes + probes * index.probe_bytes + rows * row_bytes
+    never = torch.zeros(len(hidden), dtype=torch.bool, device=search.device)
+    counts = torch.full((len(hidden),), rows, device=search.device)
+    return HeadOutput(logits, tokens, counts, never, never, torch.full_like(counts, read))

@@ -1,0 +1,445 @@
+"""The search of a codes index on a GPU: what is launched, with which blocks, into which buffers.
+
+Greedy and sampling are three launches (query, scan, selection), complete logits five. Nothing
+synchronises with the host, all shapes depend on the number of hidden states alone, and no buffer
+can overflow, so the calls can be captured in a CUDA graph and are custom operators for
+`torch.compile`. On Hopper and later each kernel starts while the one before it ends (programmatic
+dependent launch).
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashhead.errors import FlashHeadError
+from flashhead.index.bound import z_score
+from flashhead.index.codes import BLOCK_ROWS, CodesIndex
+from flashhead.ops.cascade import triton_kernels as kernels
+from flashhead.ops.scan import triton as scan_kernels
+from flashhead.ops.scan.layout import NUMBERS, Layout, constants_of, make_layout, pack_table
+
+CUTS, CUTS_A_NAT = 64, 2.5
+"""Where rows may be left, in steps below the peak: 25 nats."""
+COUNTERS = 1024
+"""int32 that the kernels leave at zero: arrivals of the query kernel, then of the selection."""
+MOST_STATES = COUNTERS // 2
+ANSWERS = 8
+"""Rows of what `next_token` returns."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceIndex:
+    """A codes index as the kernels take it, on one device; views of the index's own tensors.
+
+    Args:
+        layout: sizes.
+        base: `int32[ceil(V/16), words, 16]`.
+        scale: `bfloat16[G, V]`.
+        direction: `float32[V]`.
+        refine: `int32[planes, V, refine_words + 1]`.
+        transform: `bfloat16[D, d]`.
+        exact: `float32[2, d]`.
+        constants: `float32[3, 8]`.
+        table: `int32[packed_words]`.
+        reach: largest |direction|.
+    """
+
+    layout: Layout
+    base: Tensor
+    scale: Tensor
+    direction: Tensor
+    refine: Tensor
+    transform: Tensor
+    exact: Tensor
+    constants: Tensor
+    table: Tensor
+    reach: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """In the order of the operators' `index` argument."""
+        names = ("base", "scale", "direction", "refine", "transform", "exact")
+        names = (*names, "constants", "table")
+        return [getattr(self, name) for name in names]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The operators' `sizes` argument."""
+        return [*self.layout.dims, self.layout.planes]
+
+
+def device_index(index: CodesIndex, device: torch.device) -> DeviceIndex:
+    """The index on a device; what is there already is not copied.
+
+    Raises:
+        FlashHeadError: a layout that the kernels do not know.
+    """
+    planes, rows = index.refine.shape[:2]
+    layout = make_layout(index)
+    return DeviceIndex(
+        layout=layout,
+        base=index.base.to(device).view(torch.int32)[..., 0],
+        scale=index.scale.to(device),
+        direction=index.direction.to(device),
+        refine=index.refine.to(device).view(torch.int32).view(planes, rows, -1),
+        transform=index.transform.to(device),
+        exact=index.exact.to(device),
+        constants=constants_of(index, device),
+        table=pack_table(layout, device),
+        reach=float(index.direction.abs().max()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut up. The defaults are for an H100 (docs/log.md).
+
+    Args:
+        scan_blocks: blocks of 16 rows a program, one query; 8 warps take 64.
+        scan_group: words whose loads travel together, one query.
+        scan_ready: words that are loaded before the query exists, one query.
+        scan_warps: of a program, one query.
+        batch_from: hidden states from which the tensor cores run.
+        batch_blocks: blocks of 16 rows a tile, several queries.
+        batch_words: words a step.
+        batch_warps: of a program.
+        batch_programs: programs a multiprocessor.
+        batch_stages: tiles in flight.
+        share: rows a program of the selection, one query.
+        share_batch: the same, several queries.
+        rows: rows that are refined together.
+        query_states: hidden states a program of the query kernel.
+    """
+
+    scan_blocks: int = 32
+    scan_group: int = 8
+    scan_ready: int = 16
+    scan_warps: int = 4
+    batch_from: int = 2
+    batch_blocks: int = 8
+    batch_words: int = 8
+    batch_warps: int = 4
+    batch_programs: int = 2
+    batch_stages: int = 2
+    share: int = 256
+    share_batch: int = 1024
+    rows: int = 16
+    query_states: int = 8
+
+
+BLOCKS = Blocks()
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _has_assembly(device: torch.device) -> bool:
+    """Whether PTX can be used: an NVIDIA device that is not interpreted."""
+    return device.type == "cuda" and torch.version.cuda is not None and not INTERPRETED
+
+
+@functools.cache
+def _has_pdl(device: torch.device) -> bool:
+    return _has_assembly(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclasses.dataclass
+class _Call:
+    """Arguments and buffers of one search of n hidden states."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: list[Tensor]
+    sizes: list[int]
+    noise: list[Tensor]
+    counters: Tensor
+    totals: Tensor
+    z: float
+    reach: float
+    blocks: Blocks
+
+    def __post_init__(self) -> None:
+        n, device = len(self.hidden), self.hidden.device
+        self.n, self.device = n, device
+        self.vocab_size, self.d = self.weight.shape
+        self.d4, self.d2, self.d1, self.planes = self.sizes
+        layout = Layout(*self.sizes)
+        padded = -(-n // 32) * 32
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.coded = new(n, sum(layout.dims))
+        self.query = new(n, layout.packed_words, dtype=torch.int32)
+        self.numbers = new(padded, NUMBERS)
+        self.scores = new(n, self.vocab_size)
+        packs = new(2, padded, dtype=torch.int64)
+        self.pilots, self.winners = packs[0], packs[1]
+        small = new(5, padded, dtype=torch.int32)
+        self.tops, self.read = small[0], small[1:].view(-1)
+        self.sums = new(n, 4 * CUTS, dtype=torch.int64)
+        self.answers = new(ANSWERS, n, dtype=torch.int64)
+        bias_bytes = 0 if self.bias is None else 4 * self.vocab_size
+        plane_bytes = self.index[3].shape[2] * 4
+        row_bytes = self.d * self.weight.element_size()
+        self.bytes = (self.scan_bytes + bias_bytes, plane_bytes, row_bytes)
+        self.dims = {"D4": self.d4, "D2": self.d2, "D1": self.d1}
+        self.block_d = min(1024, power_of_two(self.d))
+        self.fast, self.pdl = _has_assembly(device), _has_pdl(device)
+        self.deterministic = self.z == 0
+
+    @property
+    def scan_bytes(self) -> int:
+        """Bytes of the index that every query reads."""
+        base, scale, direction, _, transform, exact, _, _ = self.index
+        return sum(tensor.nbytes for tensor in (base, scale, direction, transform, exact))
+
+    @property
+    def share(self) -> int:
+        """Rows a program of the selection."""
+        return self.blocks.share if self.n < self.blocks.batch_from else self.blocks.share_batch
+
+    @property
+    def programs(self) -> int:
+        """Programs of the selection for one query."""
+        blocks = -(-self.vocab_size // BLOCK_ROWS)
+        return -(-blocks // (self.share // BLOCK_ROWS))
+
+    def later(self, warps: int, **options: Any) -> dict[str, Any]:
+        """Launch options of a kernel that follows another."""
+        pdl = {"launch_pdl": True} if self.pdl else {}
+        return {"num_warps": warps, **pdl, **options}
+
+    def bias_arguments(self) -> tuple[Tensor, int]:
+        """Pointer (any, if there is none) and stride between hidden states."""
+        if self.bias is None:
+            return self.numbers, 0
+        return self.bias, 0 if len(self.bias) == 1 else self.vocab_size
+
+    def noise_arguments(self) -> list[Tensor]:
+        """Temperature, seeds, steps: any pointers, if there are none."""
+        return self.noise or [self.numbers, self.answers, self.answers]
+
+    def prepare(self, complete: bool = False) -> None:
+        """Launch the query kernel."""
+        states = 1 if self.n == 1 else self.blocks.query_states
+        dims = self.d4 + self.d2 + self.d1
+        segments = sum(size > 0 for size in self.sizes[:3])
+        _, _, _, _, transform, exact, constants, table = self.index
+        # the tensor cores round float32 operands, so those take the long way
+        dot = states > 1 and (self.hidden.dtype == transform.dtype)
+        block_d = 512 if states == 1 else 256 if dot else 64
+        scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
+            self.hidden, transform, exact, constants, table, self.coded, self.query, self.numbers,
+            self.counters, self.pilots, self.winners, self.tops, self.read, self.sums, self.n,
+            1.0 if self.deterministic else self.z**2, float(segments), self.reach, self.d4, self.d2,
+            D_HIDDEN=self.d, DIMS=dims, PACKED=self.query.shape[1],
+            SUMS=4 * CUTS if complete else 0, BLOCK_N=states,
+            BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_DIMS=power_of_two(dims),
+            BLOCK_P=256 if states == 1 else 64, DOT=dot, DETERMINISTIC=self.deterministic,
+            PDL=self.pdl, num_warps=8,
+        )  # fmt: skip
+
+    def scan(self, bounds: bool) -> None:
+        """Launch the scan: upper bounds or estimates into `scores`."""
+        base, scale, direction, _, _, _, constants, _ = self.index
+        nblk = base.shape[0]
+        blocks = self.blocks
+        arguments = (
+            scale, direction, self.hidden, self.weight, *self.bias_arguments(),
+            *self.noise_arguments(),
+        )  # fmt: skip
+        state = (self.numbers, constants, self.scores, self.pilots, self.tops, self.vocab_size)
+        flags = {
+            "BOUNDS": bounds,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_NOISE": bool(self.noise),
+            "FAST": self.fast,
+            "PDL": self.pdl,
+            "D_HIDDEN": self.d,
+            **self.dims,
+        }
+        fusion = {"enable_fp_fusion": not self.noise}
+        sms = _multiprocessors(self.device)
+        if self.n < blocks.batch_from:
+            # a thread has four rows: no more threads than that
+            tile = max(1, min(blocks.scan_blocks, power_of_two(nblk)))
+            scan_kernels._scan_kernel[(-(-nblk // tile), self.n)](
+                base, *arguments, self.query, *state, nblk, **flags, BLOCKS=tile,
+                GROUP=blocks.scan_group, READY=blocks.scan_ready, BLOCK_D=self.block_d,
+                **self.later(blocks.scan_warps, **fusion),
+            )  # fmt: skip
+            return
+        block_n = min(32, max(8, power_of_two(self.n)))
+        tiles = -(-nblk // blocks.batch_blocks)
+        scan_kernels._scan_batch_kernel[
+            (min(tiles, sms * blocks.batch_programs), -(-self.n // block_n))
+        ](
+            base.view(torch.int8), *arguments, self.query.view(torch.int8), *state, nblk, self.n,
+            **flags, BLOCKS=blocks.batch_blocks, BLOCK_N=block_n, BLOCK_W=blocks.batch_words,
+            BLOCK_D=min(128, self.block_d), STAGES=blocks.batch_stages,
+            **self.later(blocks.batch_warps, **fusion),
+        )  # fmt: skip
+
+    def select(self) -> None:
+        """Launch the selection: tokens."""
+        _, scale, _, refine, _, _, _, _ = self.index
+        lists = torch.empty(
+            self.n * self.programs * self.share, dtype=torch.int32, device=self.device
+        )
+        kernels._select_kernel[(self.programs, self.n)](
+            self.scores, self.hidden, self.weight, *self.bias_arguments(), *self.noise_arguments(),
+            refine, scale, self.query, self.numbers, lists, self.pilots, self.winners,
+            self.counters[MOST_STATES:], self.read, self.answers, self.totals, self.vocab_size,
+            *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes, SHARE=self.share, BLOCK_R=self.blocks.rows,
+            BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None,
+            HAS_NOISE=bool(self.noise), DETERMINISTIC=self.deterministic, FAST=self.fast,
+            PDL=self.pdl, **self.later(4, enable_fp_fusion=not self.noise),
+        )  # fmt: skip
+
+    def complete(self, budget: float) -> None:
+        """Launch the three kernels of complete logits."""
+        _, scale, _, refine, _, _, _, _ = self.index
+        programs, share, rows = self.programs, self.share, self.n * self.programs
+
+        def new(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.int32, device=self.device)
+
+        lists, counts = new(rows * share), new(rows)
+        grid = (programs, self.n)
+        cuts = {"CUTS": CUTS, "PER_NAT": CUTS_A_NAT, "PDL": self.pdl, "SHARE": share, **self.dims}
+        kernels._mass_kernel[grid](
+            self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
+            BLOCK_V=32, **cuts, **self.later(4),
+        )  # fmt: skip
+        more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, **cuts}
+        kernels._refine_kernel[grid](
+            self.scores, refine, scale, self.query, self.numbers, self.pilots, self.tops,
+            self.sums, lists, counts, self.read, self.vocab_size, budget,
+            BLOCK_R=self.blocks.rows, FAST=self.fast, **more, **self.later(4),
+        )  # fmt: skip
+        kernels._exact_kernel[grid](
+            self.scores, self.hidden, self.weight, *self.bias_arguments(), refine, scale,
+            self.numbers, self.pilots, self.winners, self.tops, self.sums, lists, counts,
+            self.counters[MOST_STATES:], self.read, self.answers, self.totals,
+            self.vocab_size, *self.bytes, budget, D_HIDDEN=self.d, BLOCK_R=self.blocks.rows,
+            BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None, **more,
+            **self.later(4),
+        )  # fmt: skip
+
+
+@torch.library.custom_op("flashhead::next_token", mutates_args=("counters", "totals"))
+def next_token(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    sizes: list[int],
+    noise: list[Tensor],
+    counters: Tensor,
+    totals: Tensor,
+    z: float,
+    reach: float,
+) -> Tensor:
+    """Winner of `hidden @ weight.T + bias + temperature * gumbel(seed, step)`, by search.
+
+    Args:
+        hidden: floating `[n, d]`, contiguous, n at most `MOST_STATES`.
+        weight: bfloat16, float16 or float32 `[V, d]`, contiguous.
+        bias: `float32[1, V]` or `float32[n, V]`, or None.
+        index: `DeviceIndex.tensors`.
+        sizes: `DeviceIndex.sizes`.
+        noise: none, or temperature `float32[n]`, seeds `int64[n]` and steps `int64[n]`.
+        counters: `int32[COUNTERS]`, zero before and after; one for each stream.
+        totals: `int64[5]`, added to: hidden states, certified, fallback, candidates, bytes read.
+        z: standard errors of the certificate; 0: the deterministic bound.
+        reach: `DeviceIndex.reach`.
+
+    Returns:
+        `int64[ANSWERS, n]`: tokens; whether each is certified (not where the hidden state is not
+        finite or every token is forbidden); whether more than half of the rows were read exactly;
+        rows read exactly; bytes read; the exact score as the bits of a float32; rows whose planes
+        were read; the first row scored exactly, packed with its score.
+    """
+    call = _Call(hidden, weight, bias, index, sizes, noise, counters, totals, z, reach, BLOCKS)
+    call.prepare()
+    call.scan(bounds=True)
+    call.select()
+    return call.answers
+
+
+@next_token.register_fake
+def _(hidden, weight, bias, index, sizes, noise, counters, totals, z, reach):  # type: ignore[no-untyped-def] # noqa: ARG001
+    return hidden.new_empty((ANSWERS, hidden.shape[0]), dtype=torch.int64)
+
+
+@torch.library.custom_op("flashhead::logits", mutates_args=("counters", "totals"))
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    sizes: list[int],
+    counters: Tensor,
+    totals: Tensor,
+    z: float,
+    reach: float,
+    kl_budget: float,
+) -> tuple[Tensor, Tensor]:
+    """Complete logits `float32[n, V]` within a KL budget (nats), and what `next_token` returns."""
+    call = _Call(hidden, weight, bias, index, sizes, [], counters, totals, z, reach, BLOCKS)
+    call.prepare(complete=True)
+    call.scan(bounds=False)
+    call.complete(kl_budget)
+    return call.scores, call.answers
+
+
+@logits.register_fake
+def _(hidden, weight, bias, index, sizes, counters, totals, z, reach, kl_budget):  # type: ignore[no-untyped-def] # noqa: ARG001
+    n = hidden.shape[0]
+    return (
+        hidden.new_empty((n, weight.shape[0]), dtype=torch.float32),
+        hidden.new_empty((ANSWERS, n), dtype=torch.int64),
+    )
+
+
+def scan(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: DeviceIndex) -> Tensor:
+    """Estimates of all logits: float32[n, V]; equals `ops.scan.reference` (for tests)."""
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=hidden.device)
+    totals = torch.zeros(5, dtype=torch.int64, device=hidden.device)
+    call = _Call(
+        hidden, weight, bias, index.tensors, index.sizes, [], counters, totals, 5.0, index.reach,
+        BLOCKS,
+    )  # fmt: skip
+    call.prepare()
+    call.scan(bounds=False)
+    return call.scores
+
+
+def kernel_z(failure_probability: float, stages: int) -> float:
+    """The operators' `z`: 0 stands for the deterministic bound."""
+    return 0.0 if failure_probability == 0 else z_score(failure_probability, stages)
+
+
+def check(weight: Tensor) -> None:
+    """Raise FlashHeadError unless the operators can take this head's weight."""
+    if not weight.is_contiguous():
+        raise FlashHeadError("the head's weight is not contiguous")
+    if weight.device.type != "cuda" and not INTERPRETED:
+        raise FlashHeadError(f"the head is on {str(weight.device)!r}: the kernels need a GPU")
