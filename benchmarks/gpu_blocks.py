@@ -35,24 +35,36 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
     if batch == 1:
         scans = [
             change(scan_warps=k, scan_blocks=b, scan_group=g, scan_ready=r)
-            for (k, b), g, r in itertools.product(((2, 16), (4, 32), (8, 64)), (8, 12), (8, 16, 24))
+            for k, b, g, r in ((4, 32, 8, 16), (8, 64, 8, 16), (2, 16, 8, 16), (4, 32, 8, 24))
         ]
-        scans += [
-            change(batch_from=1, batch_warps=k, batch_blocks=b, batch_programs=p)
-            for (k, b), p in itertools.product(((4, 8), (8, 16)), (2, 3, 4))
-        ]
-        shares = [change(share=s, rows=r) for s, r in itertools.product((512, 1024), (8, 16))]
-    else:
+        scans += [change(batch_from=1, batch_warps=4, batch_programs=p) for p in (2, 3, 4)]
+        shares = [change(share=s, rows=r) for s, r in ((256, 8), (256, 16), (512, 16), (1024, 16))]
+    elif batch <= 8:
         scans = [
             change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s)
-            for (k, b), p, s in itertools.product(
-                ((4, 8), (8, 8), (8, 16), (4, 4)), (1, 2, 3, 4), (2, 3)
+            for k, b, p, s in (
+                (4, 8, 2, 2), (4, 8, 3, 2), (4, 8, 3, 3), (4, 4, 4, 2), (4, 4, 4, 3), (8, 16, 1, 3),
+                (8, 8, 2, 3), (8, 16, 2, 2),
             )
-            if (p * k <= 16 and batch <= 8) or (batch > 8 and p * k <= 8)
-        ]
+        ]  # fmt: skip
         shares = [
             change(share_batch=s, rows=r, query_states=q)
-            for s, r, q in itertools.product((1024, 2048), (8, 16), (4, 8))
+            for s, r, q in ((512, 16, 8), (1024, 16, 4), (1024, 16, 8), (1024, 32, 8), (1024, 8, 2))
+        ]
+    else:
+        scans = [
+            change(
+                batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s, batch_states=n
+            )
+            for k, b, p, s, n in (
+                (8, 8, 1, 2, 32), (8, 8, 2, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32),
+                (4, 4, 3, 2, 32), (4, 8, 2, 2, 16), (4, 4, 3, 2, 16), (8, 16, 1, 2, 16),
+                (8, 8, 2, 2, 16), (4, 8, 2, 2, 8),
+            )
+        ]  # fmt: skip
+        shares = [
+            change(share_batch=s, rows=r, query_states=q)
+            for s, r, q in ((1024, 16, 8), (2048, 16, 8), (2048, 16, 4), (1024, 32, 8))
         ]
     return {"scan": scans, "share": shares}
 

@@ -110,6 +110,7 @@ class Blocks:
         batch_warps: of a program.
         batch_programs: programs a multiprocessor.
         batch_stages: tiles in flight.
+        batch_states: hidden states that share one read of the codes, at most.
         share: rows a program of the selection, one query.
         share_batch: the same, several queries.
         rows: rows that are refined together.
@@ -126,6 +127,7 @@ class Blocks:
     batch_warps: int = 4
     batch_programs: int = 2
     batch_stages: int = 2
+    batch_states: int = 32
     share: int = 256
     share_batch: int = 1024
     rows: int = 16
@@ -286,7 +288,7 @@ class _Call:
                 **self.later(blocks.scan_warps, **fusion),
             )  # fmt: skip
             return
-        block_n = min(32, max(8, power_of_two(self.n)))
+        block_n = min(blocks.batch_states, max(8, power_of_two(self.n)))
         tiles = -(-nblk // blocks.batch_blocks)
         scan_kernels._scan_batch_kernel[
             (min(tiles, sms * blocks.batch_programs), -(-self.n // block_n))

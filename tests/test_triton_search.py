@@ -1,0 +1,330 @@
+"""The GPU search of a codes index: against the eager reference and float64, interpreted or on a card.
+
+Without a GPU the kernels run in Triton's interpreter, in float32 and float16; with one the same
+tests run compiled, in bfloat16 too.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import clustered_head
+
+pytest.importorskip("triton")
+
+from flashhead.errors import FlashHeadError
+from flashhead.index.build_codes import build_codes
+from flashhead.nn.device import DeviceSearch
+from flashhead.nn.head import FlashHead
+from flashhead.ops.cascade import reference as cascade_reference
+from flashhead.ops.cascade import triton as ops
+from flashhead.ops.noise import reference as noise_reference
+from flashhead.ops.noise import triton as noise
+from flashhead.ops.scan import reference as scan_reference
+from flashhead.ops.scan.query import make_plan, make_query
+from flashhead.options import CodesOptions, Sampling
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+#: rows, dimensions, bits, planes: aligned, odd, with a tail, one segment, all three
+CASES = [(2048, 96, 1.25, 2), (1003, 200, 1.5, 1), (700, 65, 2.5, 2), (515, 48, 1.0, 2)]
+
+
+@dataclasses.dataclass
+class Case:
+    weight: torch.Tensor
+    hidden: torch.Tensor
+    index: object
+    search: DeviceSearch
+    reference: object  # the index on the CPU
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request):  # type: ignore[no-untyped-def]
+    rows, d, bits, planes = request.param
+    weight, hidden = clustered_head(rows, d)
+    return make_case(weight.float(), hidden, bits, planes)
+
+
+def make_case(weight, hidden, bits=None, planes=None, bias=None):  # type: ignore[no-untyped-def]
+    options = CodesOptions(bits=bits, planes=planes, kl_budget=1e-3)
+    index = build_codes(weight, options, hidden.to(weight.dtype))
+    moved = index.to(DEVICE)
+    own_bias = None if bias is None else bias.to(DEVICE)
+    search = DeviceSearch(moved, weight.to(DEVICE), own_bias)
+    return Case(weight, hidden.to(weight.dtype), moved, search, index)
+
+
+def truth(case, hidden):  # type: ignore[no-untyped-def]
+    return hidden.double() @ case.weight.double().T
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_scan_equals_the_reference(case, n):
+    """A wrong coordinate, field or gain changes estimates by whole units."""
+    hidden = case.hidden[:n].contiguous()
+    plan = make_plan(case.reference)
+    wanted = scan_reference.scan(
+        make_query(hidden, case.reference, plan, 1e-6), case.reference, plan, None
+    )
+    found = ops.scan(hidden.to(DEVICE), case.search.weight, None, case.search.codes).cpu()
+    assert not found.isnan().any()
+    # both round the same integers; a coordinate on the edge may round to the other side
+    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 33])
+def test_certified_tokens_are_the_float64_winners(case, n):
+    hidden = case.hidden[20 : 20 + n].contiguous()
+    found = case.search.next_token(hidden.to(DEVICE), 1e-6)
+    assert bool(found.certified.all())
+    assert torch.equal(found.tokens.cpu(), truth(case, hidden).argmax(1))
+    best = truth(case, hidden).amax(1)
+    assert ((found.scores.cpu().double() - best).abs() <= 1e-5 * best.abs().max()).all()
+    assert bool((found.candidates >= 1).all())
+    assert bool((found.bytes_read >= case.reference.scan_bytes).all())
+    assert bool((case.search.take_totals()[0] == n))
+
+
+def test_all_batch_sizes_agree(case):
+    """A row's answer does not depend on who else is in the batch."""
+    hidden = case.hidden[:33].contiguous().to(DEVICE)
+    together = case.search.next_token(hidden, 1e-6).tokens
+    alone = [case.search.next_token(hidden[i : i + 1], 1e-6).tokens for i in range(33)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_deterministic_bound(case, n):
+    hidden = case.hidden[40 : 40 + n].contiguous()
+    found = case.search.next_token(hidden.to(DEVICE), 0.0)
+    assert bool(found.certified.all())
+    assert torch.equal(found.tokens.cpu(), truth(case, hidden).argmax(1))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_samples_are_the_perturbed_argmax(case, n):
+    """The noise in the kernels is the reference's, so a seed draws the same token everywhere."""
+    hidden = case.hidden[:n].contiguous()
+    steps = torch.arange(n) + 2**33
+    for seed in (3, 2**64 - 5):
+        found = case.search.next_token(hidden.to(DEVICE), 1e-6, 0.8, seed, steps.to(DEVICE))
+        drawn = noise_reference.gumbel(seed, steps, len(case.weight)).double()
+        assert bool(found.certified.all())
+        assert torch.equal(found.tokens.cpu(), (truth(case, hidden) + 0.8 * drawn).argmax(1))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_complete_logits(case, n):
+    """Winner exact, KL within the budget, as many exact logits as candidates are claimed."""
+    hidden = case.hidden[60 : 60 + n].contiguous()
+    logits, found = case.search.logits(hidden.to(DEVICE), 1e-6, 1e-3)
+    logits = logits.cpu()
+    exact = truth(case, hidden)
+    assert not logits.isnan().any()
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+    assert torch.equal(found.tokens.cpu(), exact.argmax(1))
+    p = exact.log_softmax(1)
+    kl = (p.exp() * (p - logits.double().log_softmax(1))).sum(1)
+    assert float(kl.mean()) <= 1e-3
+    near = (logits.double() - exact).abs() <= 1e-5 * exact.abs().max()
+    assert bool((near.sum(1) >= found.candidates.cpu()).all())
+
+
+def test_candidates_are_about_the_references(case):
+    """The selection is the reference's but for the pilots: it must not read all rows unnoticed."""
+    hidden = case.hidden[:8].contiguous()
+    plan = make_plan(case.reference)
+    wanted = cascade_reference.cascade(
+        hidden, case.weight, None, case.reference, plan, 1e-6, None, 0.0
+    )
+    found = case.search.next_token(hidden.to(DEVICE), 1e-6)
+    assert (
+        float(found.answers[6].float().mean()) <= 1.5 * float(wanted.read[:, 0].float().mean()) + 16
+    )
+    assert float(found.candidates.float().mean()) <= float(wanted.read[:, -1].float().mean()) + 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_bias(dtype):
+    weight, hidden = clustered_head(900, 64)
+    bias = 3 * torch.randn(900, generator=torch.Generator().manual_seed(1))
+    case = make_case(weight.to(dtype), hidden, bias=bias)
+    states = case.hidden[:6].contiguous()
+    exact = truth(case, states) + bias.double()
+    found = case.search.next_token(states.to(DEVICE), 1e-6)
+    assert bool(found.certified.all())
+    lost = exact.amax(1) - exact.gather(1, found.tokens.cpu()[:, None])[:, 0]
+    assert float(lost.max()) <= 1e-5 * float(exact.abs().max())
+    logits, _ = case.search.logits(states.to(DEVICE), 1e-6, 1e-3)
+    assert torch.equal(logits.argmax(1).cpu(), found.tokens.cpu())
+
+
+def test_query_by_dot_products_equals_the_long_way():
+    """16-bit hidden states take the tensor cores: the interpreter sees that path in float32."""
+    weight, hidden = clustered_head(600, 80)
+    case = make_case(weight.float(), hidden)
+    states = hidden[:5].float().contiguous().to(DEVICE)
+    codes = case.search.codes
+    wide = dataclasses.replace(codes, transform=codes.transform.float())
+    one = ops.scan(states, case.search.weight, None, codes)
+    other = ops.scan(states, case.search.weight, None, wide)
+    # TF32 on a card rounds the operands: coordinates may move by a step of the query
+    assert (one - other).abs().max() <= (2e-2 if CUDA else 1e-4) * one.abs().max()
+
+
+def test_equal_rows_give_the_lowest():
+    """Ties go to the lowest row, as with argmax."""
+    weight, hidden = clustered_head(400, 48)
+    weight = weight.float()
+    top = (hidden[:4].double() @ weight.double().T).argmax(1)
+    weight[399] = weight[top[0]]
+    weight[3] = weight[top[0]]
+    case = make_case(weight, hidden)
+    found = case.search.next_token(hidden[:4].contiguous().to(DEVICE), 1e-6)
+    assert int(found.tokens[0]) == min(3, int(top[0]))
+
+
+def test_not_finite_is_never_certified():
+    weight, hidden = clustered_head(300, 48)
+    case = make_case(weight.float(), hidden)
+    states = hidden[:4].float().clone()
+    states[1, 5] = torch.nan
+    states[2, 0] = torch.inf
+    found = case.search.next_token(states.to(DEVICE), 1e-6)
+    assert found.certified.tolist() == [True, False, False, True]
+    assert bool(((found.tokens >= 0) & (found.tokens < 300)).all())
+
+
+def test_everything_forbidden_is_not_certified():
+    weight, hidden = clustered_head(300, 48)
+    case = make_case(weight.float(), hidden, bias=torch.full((300,), -torch.inf))
+    assert not case.search.next_token(hidden[:2].float().to(DEVICE), 1e-6).certified.any()
+
+
+def test_worst_case_reads_every_row():
+    """All rows alike: no list overflows, every row is scored exactly, and the answer holds."""
+    weight = torch.ones(520, 48) + 1e-6 * torch.randn(
+        520, 48, generator=torch.Generator().manual_seed(0)
+    )
+    hidden = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    case = make_case(weight, hidden, bits=1.0, planes=1)
+    found = case.search.next_token(hidden[:3].contiguous().to(DEVICE), 0.0)
+    exact = truth(case, hidden[:3])
+    lost = exact.amax(1) - exact.gather(1, found.tokens.cpu()[:, None])[:, 0]
+    assert float(lost.max()) <= 1e-5
+
+
+def test_noise_kernel_is_the_reference_bit_by_bit():
+    steps = torch.tensor([0, 7, 2**40 + 3])
+    for seed in (0, 12345678901234567890):
+        found = noise.gumbel(seed, steps.to(DEVICE), 1001).cpu()
+        assert torch.equal(found, noise_reference.gumbel(seed, steps, 1001))
+
+
+@pytest.fixture
+def heads(monkeypatch):  # type: ignore[no-untyped-def]
+    """The same head searched by Triton and by the reference."""
+    monkeypatch.setattr("flashhead.nn.head.find_crossover", lambda _: Wide())
+    weight, hidden = clustered_head(800, 64)
+    index = build_codes(weight.float(), CodesOptions(), hidden)
+
+    def head(device, impl):  # type: ignore[no-untyped-def]
+        linear = torch.nn.Linear(64, 800, bias=False)
+        linear.weight.data = weight.float()
+        return FlashHead(linear.to(device), index, impl=impl)
+
+    return head(DEVICE, "triton"), head("cpu", "reference"), hidden
+
+
+class Wide:
+    logits = token = 64
+
+
+def test_head_equals_the_reference_head(heads):
+    """Greedy, sampling, filters and penalties choose the same tokens on both."""
+    from flashhead.nn.next_token import Context
+
+    ours, reference, hidden = heads
+    states = hidden[:6]
+    contexts = [Context(previous=torch.tensor([1, 2, 3])) for _ in range(6)]
+    for sampling in (
+        Sampling(),
+        Sampling(temperature=0.7, seed=5),
+        Sampling(temperature=0.7, seed=5, top_p=0.9),
+    ):
+        found = ours.next_token(states.to(DEVICE), sampling).tokens
+        assert torch.equal(found.cpu(), reference.next_token(states, sampling).tokens)
+    penalties = Sampling(repetition_penalty=1.3)
+    found = ours.next_token(states.to(DEVICE), penalties, contexts=contexts).tokens
+    assert torch.equal(
+        found.cpu(), reference.next_token(states, penalties, contexts=contexts).tokens
+    )
+    with torch.no_grad():
+        logits = ours(states.to(DEVICE)).cpu()
+    assert torch.equal(logits.argmax(1), reference.next_token(states).tokens)
+    assert ours.stats.rows > 0
+    assert ours.stats.certified <= ours.stats.rows
+
+
+def test_operators_are_safe_to_compile(case):
+    """Fake kernels and mutation of the operators: what torch.compile and graphs rely on."""
+    hidden = case.hidden[:2].contiguous().to(DEVICE)
+    codes = case.search.codes
+    counters = torch.zeros(ops.COUNTERS, dtype=torch.int32, device=DEVICE)
+    totals = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    arguments = (hidden, case.search.weight, None, codes.tensors, codes.sizes)
+    rest = (counters, totals, 4.97, codes.reach)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.next_token, (*arguments, [], *rest), test_utils=tests)
+    torch.library.opcheck(ops.logits, (*arguments, *rest, 1e-3), test_utils=tests)
+    assert int(counters.abs().sum()) == 0
+
+
+def test_wrong_heads_are_refused(case):
+    with pytest.raises(FlashHeadError, match="not contiguous"):
+        ops.check(torch.zeros(4, 6).T)
+    segments = (case.reference.segments[0],) * 2
+    with pytest.raises(FlashHeadError, match="falling widths"):
+        ops.make_layout(dataclasses.replace(case.reference, segments=segments))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_graphs_streams_and_capture(case):
+    """Replays return the caller's own tensors, on any stream, and in a capture of the caller's."""
+    hidden = case.hidden[:64].to(DEVICE)
+    wanted = truth(case, case.hidden[:64]).argmax(1)
+    kept = [case.search.next_token(hidden[i : i + 1], 1e-6).tokens for i in range(32)]
+    assert torch.equal(torch.cat(kept).cpu(), wanted[:32])
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    found = []
+    for i in range(32):
+        with torch.cuda.stream(streams[i % 2]):
+            streams[i % 2].wait_stream(torch.cuda.default_stream())
+            found.append(case.search.next_token(hidden[i : i + 1], 1e-6).tokens)
+    torch.cuda.synchronize()
+    assert torch.equal(torch.cat(found).cpu(), wanted[:32])
+    static = hidden[:3].clone()
+    case.search.next_token(static, 1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = case.search.next_token(static, 1e-6).tokens
+    for start in (0, 10, 20):
+        static.copy_(hidden[start : start + 3])
+        graph.replay()
+        assert torch.equal(tokens.cpu(), wanted[start : start + 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_compiled_caller(case):
+    """torch.compile takes the operator whole, without a graph break."""
+    hidden = case.hidden[:4].to(DEVICE)
+
+    @torch.compile(fullgraph=True)
+    def call(states):  # type: ignore[no-untyped-def]
+        return case.search.next_token(2 * states / 2, 1e-6).tokens + 0
+
+    assert torch.equal(call(hidden).cpu(), truth(case, case.hidden[:4]).argmax(1))
