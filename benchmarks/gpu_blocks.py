@@ -32,44 +32,39 @@ CALLS, COPIES = 8, 4
 def variants(batch: int) -> dict[str, list[ops.Blocks]]:
     """Blocks to try, by the part they change."""
     change = lambda **values: dataclasses.replace(ops.BLOCKS, **values)  # noqa: E731
+    shares = [
+        change(select_programs=p, rows=r, share_mass=m)
+        for p, r, m in ((1, 16, 256), (2, 16, 256), (4, 16, 512), (2, 32, 512))
+    ]
     if batch == 1:
         scans = [
             change(scan_warps=k, scan_blocks=b, scan_group=g, scan_ready=r)
-            for k, b, g, r in ((4, 32, 8, 16), (8, 64, 8, 16), (2, 16, 8, 16), (4, 32, 8, 24))
+            for k, b, g, r in ((4, 32, 8, 16), (8, 64, 8, 16), (2, 16, 8, 16), (4, 32, 8, 8))
         ]
-        scans += [change(batch_from=1, batch_warps=4, batch_programs=p) for p in (2, 3, 4)]
-        shares = [change(share=s, rows=r) for s, r in ((256, 8), (256, 16), (512, 16), (1024, 16))]
     elif batch <= 8:
         scans = [
-            change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s)
-            for k, b, p, s in (
-                (4, 8, 2, 2), (4, 8, 3, 2), (4, 8, 3, 3), (4, 4, 4, 2), (4, 4, 4, 3), (8, 16, 1, 3),
-                (8, 8, 2, 3), (8, 16, 2, 2),
+            change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s, query_states=q)
+            for k, b, p, s, q in (
+                (4, 8, 3, 2, 8), (4, 8, 3, 3, 4), (4, 4, 4, 2, 2), (4, 4, 4, 3, 8), (4, 4, 5, 2, 8),
+                (8, 8, 2, 3, 8),
             )
         ]  # fmt: skip
-        shares = [
-            change(share_batch=s, rows=r, query_states=q)
-            for s, r, q in ((512, 16, 8), (1024, 16, 4), (1024, 16, 8), (1024, 32, 8), (1024, 8, 2))
-        ]
     else:
         scans = [
             change(
                 batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s, batch_states=n
             )
             for k, b, p, s, n in (
-                (8, 8, 1, 2, 32), (8, 8, 2, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32),
-                (4, 4, 3, 2, 32), (4, 8, 2, 2, 16), (4, 4, 3, 2, 16), (8, 16, 1, 2, 16),
-                (8, 8, 2, 2, 16), (4, 8, 2, 2, 8),
+                (8, 8, 1, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32), (4, 8, 2, 2, 16),
+                (4, 4, 3, 2, 16), (8, 8, 2, 2, 16), (4, 8, 3, 2, 8),
             )
         ]  # fmt: skip
-        shares = [
-            change(share_batch=s, rows=r, query_states=q)
-            for s, r, q in ((1024, 16, 8), (2048, 16, 8), (2048, 16, 4), (1024, 32, 8))
-        ]
     return {"scan": scans, "share": shares}
 
 
-def call_of(problem: Any, index: ops.DeviceIndex, number: int, batch: int, blocks: Any) -> ops._Call:
+def call_of(
+    problem: Any, index: ops.DeviceIndex, number: int, batch: int, blocks: Any
+) -> ops._Call:
     """A search of its own hidden states."""
     start = number * batch
     hidden = problem.hidden[start : start + batch].contiguous()
@@ -202,18 +197,18 @@ def measure(
         lost = own.amax(1) - own.gather(1, call.answers[0][:, None])[:, 0]
         if float(lost.max()) > 1e-3 or not bool(call.answers[1].all()):
             raise RuntimeError(f"wrong winner, {float(lost.max())} below the best")
-    us = {}
-    if part == "scan":
-        us["scan"] = graph_us([lambda call=call: call.scan(True) for call in calls])
-    else:
-        us["scan"] = graph_us([lambda call=call: call.scan(True) for call in calls])
-        us["query"] = graph_us([call.prepare for call in calls])
-        us["select"] = graph_us([call.select for call in calls])
-        us["logits"] = graph_us([lambda c=c: (c.prepare(complete=True), c.scan(False), c.complete(1e-3)) for c in calls])
-    us["greedy"] = graph_us([lambda c=c: (c.prepare(), c.scan(True), c.select()) for c in calls])
+    us = {
+        "query": graph_us([call.prepare for call in calls]),
+        "query+scan": graph_us([lambda c=c: (c.prepare(), c.scan(True)) for c in calls]),
+        "greedy": graph_us([lambda c=c: (c.prepare(), c.scan(True), c.select()) for c in calls]),
+    }
+    if part == "share":
+        us["logits"] = graph_us(
+            [lambda c=c: (c.prepare(complete=True), c.scan(False), c.complete(1e-3)) for c in calls]
+        )
     base = dataclasses.asdict(ops.BLOCKS)
     own = {k: v for k, v in dataclasses.asdict(blocks).items() if v != base[k]}
-    read = calls[0].answers[[6, 3]].float().mean(1).tolist()
+    read = torch.cat([c.answers[[6, 3]] for c in calls], 1).float().mean(1).tolist()
     return {
         "batch": batch, "part": part, "changed": own, "us": us, "read": read, "key": us["greedy"],
     }  # fmt: skip

@@ -121,7 +121,7 @@ class DeviceSearch:
         z = self._z(failure_probability)
         codes = self.codes
 
-        def search(hidden: Tensor, counters: Tensor) -> tuple[Tensor, ...]:
+        def search(hidden: Tensor, counters: Tensor, totals: Tensor) -> tuple[Tensor, ...]:
             return ops.logits(
                 hidden.contiguous(),
                 self.weight,
@@ -129,7 +129,7 @@ class DeviceSearch:
                 codes.tensors,
                 codes.sizes,
                 counters,
-                self.totals,
+                totals,
                 z,
                 codes.reach,
                 kl_budget,
@@ -168,7 +168,7 @@ class DeviceSearch:
         codes = self.codes
 
         def search(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            *noise, counters = rest
+            *noise, counters, totals = rest
             if noise:
                 steps, temperature, seeds = noise
                 noise = [temperature, seeds, steps]
@@ -180,7 +180,7 @@ class DeviceSearch:
                 codes.sizes,
                 noise,
                 counters,
-                self.totals,
+                totals,
                 z,
                 codes.reach,
             )
@@ -194,7 +194,9 @@ class DeviceSearch:
         """In parts of at most `MOST_STATES` hidden states, each by a replay or directly."""
         ops.check(self.weight)
         parts = [x.split(ops.MOST_STATES) for x in inputs]
-        found = [self._part(kind, function, list(part), constant) for part in zip(*parts, strict=True)]
+        found = [
+            self._part(kind, function, list(part), constant) for part in zip(*parts, strict=True)
+        ]
         if len(found) == 1:
             return found[0]
         *first, answers = zip(*found, strict=True)
@@ -205,11 +207,14 @@ class DeviceSearch:
     ) -> tuple[Tensor, ...]:
         own = self._counters() if replays(inputs[0]) else self._new_counters()
 
-        def with_counters(*given: Tensor) -> tuple[Tensor, ...]:
-            result: tuple[Tensor, ...] = function(*given, own)
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            result: tuple[Tensor, ...] = function(*given, own, self.totals)
             return result
 
-        return self.graphs(kind, with_counters, inputs, constant)
+        def warm_up(*given: Tensor) -> None:  # not counted
+            function(*given, own, torch.zeros_like(self.totals))
+
+        return self.graphs(kind, run, inputs, constant, warm_up)
 
     def _new_counters(self) -> Tensor:
         return torch.zeros(ops.COUNTERS, dtype=torch.int32, device=self.device)

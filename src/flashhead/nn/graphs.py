@@ -49,6 +49,7 @@ class GraphCache:
         function: Callable[..., tuple[Tensor, ...]],
         inputs: Sequence[Tensor],
         constant: int = 0,
+        warmup: Callable[..., object] | None = None,
     ) -> tuple[Tensor, ...]:
         """`function(*inputs)` by a replay; its outputs are fresh tensors.
 
@@ -58,6 +59,8 @@ class GraphCache:
             inputs: on one device.
             constant: the last so many of the inputs are never changed by the caller, so one that is
                 passed again is not copied again.
+            warmup: called once with the inputs before a capture, to compile the kernels; None: the
+                function.
         """
         if not replays(inputs[0]):
             return function(*inputs)
@@ -67,7 +70,7 @@ class GraphCache:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._capture(function, inputs, stream)
+                entry = self._capture(function, warmup or function, inputs, stream)
                 while len(self._entries) >= MOST_GRAPHS:
                     self._entries.pop(next(iter(self._entries)))
                 self._entries[key] = entry
@@ -80,7 +83,11 @@ class GraphCache:
             return tuple(output.clone() for output in entry.outputs)
 
     def _capture(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], stream: Any
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        warmup: Callable[..., object],
+        inputs: Sequence[Tensor],
+        stream: Any,
     ) -> _Entry:
         device = inputs[0].device
         with torch.cuda.device(device):
@@ -90,14 +97,12 @@ class GraphCache:
             side = torch.cuda.Stream(device)
             side.wait_stream(stream)
             with torch.cuda.stream(side):
-                function(*static)  # compiles and loads the kernels
+                warmup(*static)  # compiles and loads the kernels
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
             # graphs of one stream run one after another: they may share their scratch memory
             pool = self._pools.setdefault(stream.cuda_stream, torch.cuda.graph_pool_handle())
-            with torch.cuda.graph(
-                graph, pool=pool, stream=side, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 outputs = function(*static)
             stream.wait_stream(side)
         return _Entry(static, [None] * len(static), graph, outputs)

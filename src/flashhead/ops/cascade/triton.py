@@ -24,9 +24,10 @@ from flashhead.ops.scan.layout import NUMBERS, Layout, constants_of, make_layout
 
 CUTS, CUTS_A_NAT = 64, 2.5
 """Where rows may be left, in steps below the peak: 25 nats."""
-COUNTERS = 1024
+MOST_STATES = 256
+"""Hidden states of a launch."""
+COUNTERS = 2 * 17 * MOST_STATES
 """int32 that the kernels leave at zero: arrivals of the query kernel, then of the selection."""
-MOST_STATES = COUNTERS // 2
 ANSWERS = 8
 """Rows of what `next_token` returns."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,8 +112,8 @@ class Blocks:
         batch_programs: programs a multiprocessor.
         batch_stages: tiles in flight.
         batch_states: hidden states that share one read of the codes, at most.
-        share: rows a program of the selection, one query.
-        share_batch: the same, several queries.
+        select_programs: programs a multiprocessor of the selection.
+        share_mass: rows a program of the sums for complete logits.
         rows: rows that are refined together.
         query_states: hidden states a program of the query kernel.
     """
@@ -125,11 +126,11 @@ class Blocks:
     batch_blocks: int = 8
     batch_words: int = 8
     batch_warps: int = 4
-    batch_programs: int = 2
+    batch_programs: int = 3
     batch_stages: int = 2
     batch_states: int = 32
-    share: int = 256
-    share_batch: int = 1024
+    select_programs: int = 2
+    share_mass: int = 256
     rows: int = 16
     query_states: int = 8
 
@@ -188,6 +189,7 @@ class _Call:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.coded = new(n, sum(layout.dims))
+        self.parts = new(n, 2, sum(layout.dims) // 16)
         self.query = new(n, layout.packed_words, dtype=torch.int32)
         self.numbers = new(padded, NUMBERS)
         self.scores = new(n, self.vocab_size)
@@ -214,8 +216,13 @@ class _Call:
 
     @property
     def share(self) -> int:
-        """Rows a program of the selection."""
-        return self.blocks.share if self.n < self.blocks.batch_from else self.blocks.share_batch
+        """Rows a program of the selection: about `select_programs` programs a multiprocessor, each
+        with as many rows as it takes.
+        """
+        blocks = -(-self.vocab_size // BLOCK_ROWS)
+        wanted = _multiprocessors(self.device) * self.blocks.select_programs
+        share = power_of_two(-(-blocks * self.n // wanted)) * BLOCK_ROWS
+        return max(256, min(share, 2**16))
 
     @property
     def programs(self) -> int:
@@ -248,14 +255,14 @@ class _Call:
         dot = states > 1 and (self.hidden.dtype == transform.dtype)
         block_d = 512 if states == 1 else 256 if dot else 64
         scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
-            self.hidden, transform, exact, constants, table, self.coded, self.query, self.numbers,
-            self.counters, self.pilots, self.winners, self.tops, self.read, self.sums, self.n,
+            self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
+            self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read, self.sums, self.n,
             1.0 if self.deterministic else self.z**2, float(segments), self.reach, self.d4, self.d2,
             D_HIDDEN=self.d, DIMS=dims, PACKED=self.query.shape[1],
             SUMS=4 * CUTS if complete else 0, BLOCK_N=states,
-            BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_DIMS=power_of_two(dims),
-            BLOCK_P=256 if states == 1 else 64, DOT=dot, DETERMINISTIC=self.deterministic,
-            PDL=self.pdl, num_warps=8,
+            BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_G=power_of_two(dims // 16),
+            BLOCK_P=1024 if states == 1 else 512, DOT=dot, DETERMINISTIC=self.deterministic,
+            PDL=self.pdl, **self.later(8),
         )  # fmt: skip
 
     def scan(self, bounds: bool) -> None:
@@ -308,9 +315,9 @@ class _Call:
         kernels._select_kernel[(self.programs, self.n)](
             self.scores, self.hidden, self.weight, *self.bias_arguments(), *self.noise_arguments(),
             refine, scale, self.query, self.numbers, lists, self.pilots, self.winners,
-            self.counters[MOST_STATES:], self.read, self.answers, self.totals, self.vocab_size,
-            *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes, SHARE=self.share, BLOCK_R=self.blocks.rows,
-            BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None,
+            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals, self.vocab_size,
+            *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes, SHARE=self.share, BLOCK_V=min(2048, self.share),
+            BLOCK_R=self.blocks.rows, BLOCK_D=power_of_two(self.d), HAS_BIAS=self.bias is not None,
             HAS_NOISE=bool(self.noise), DETERMINISTIC=self.deterministic, FAST=self.fast,
             PDL=self.pdl, **self.later(4, enable_fp_fusion=not self.noise),
         )  # fmt: skip
@@ -325,21 +332,23 @@ class _Call:
 
         lists, counts = new(rows * share), new(rows)
         grid = (programs, self.n)
-        cuts = {"CUTS": CUTS, "PER_NAT": CUTS_A_NAT, "PDL": self.pdl, "SHARE": share, **self.dims}
-        kernels._mass_kernel[grid](
+        cuts = {"CUTS": CUTS, "PER_NAT": CUTS_A_NAT, "PDL": self.pdl, **self.dims}
+        mass = self.blocks.share_mass
+        kernels._mass_kernel[(-(-self.vocab_size // mass), self.n)](
             self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
-            BLOCK_V=32, **cuts, **self.later(4),
+            SHARE_MASS=mass, BLOCK_V=64, **cuts, **self.later(4),
         )  # fmt: skip
-        more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, **cuts}
+        more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, "SHARE": share, **cuts}
         kernels._refine_kernel[grid](
             self.scores, refine, scale, self.query, self.numbers, self.pilots, self.tops,
             self.sums, lists, counts, self.read, self.vocab_size, budget,
+            BLOCK_V=min(1024, share),
             BLOCK_R=self.blocks.rows, FAST=self.fast, **more, **self.later(4),
         )  # fmt: skip
         kernels._exact_kernel[grid](
             self.scores, self.hidden, self.weight, *self.bias_arguments(), refine, scale,
             self.numbers, self.pilots, self.winners, self.tops, self.sums, lists, counts,
-            self.counters[MOST_STATES:], self.read, self.answers, self.totals,
+            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals,
             self.vocab_size, *self.bytes, budget, D_HIDDEN=self.d, BLOCK_R=self.blocks.rows,
             BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None, **more,
             **self.later(4),
@@ -434,6 +443,7 @@ def scan(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: DeviceIndex
     return call.scores
 
 
+@torch.compiler.assume_constant_result
 def kernel_z(failure_probability: float, stages: int) -> float:
     """The operators' `z`: 0 stands for the deterministic bound."""
     return 0.0 if failure_probability == 0 else z_score(failure_probability, stages)

@@ -17,7 +17,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashhead.ops.noise.triton import gumbel_at
 from flashhead.ops.scan import layout
-from flashhead.ops.scan.triton import EMPTY, dot_two_bits, packed, row_of, score_of, spread_of, unordered
+from flashhead.ops.scan.triton import (
+    EMPTY,
+    dot_two_bits,
+    exact_dot,
+    is_last,
+    packed,
+    row_of,
+    score_of,
+    spread_of,
+    unordered,
+)
 
 _PAD = tl.constexpr(layout.FIELD_WORDS)
 _NUMBERS = tl.constexpr(layout.NUMBERS)
@@ -29,9 +39,7 @@ _VARIANCE_FINE = tl.constexpr(layout.NUMBER_VARIANCE_FINE)
 
 
 @triton.jit
-def _plane_segment(
-    words, keep, q, FIRST: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr
-):
+def _plane_segment(words, keep, q, FIRST: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr):
     """Dot products of the fields of a segment with the query: float32 of the shape of `words`."""
     WORDS: tl.constexpr = (DIMS + 63) // 64 * 4
     PADDED: tl.constexpr = (DIMS // 16 + _PAD - 1) // _PAD * _PAD
@@ -113,13 +121,11 @@ def _exact_rows(
 
 @triton.jit
 def _finish(
-    n, programs, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes,
-    row_bytes, PLANES: tl.constexpr,
+    n, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes, row_bytes,
+    PLANES: tl.constexpr,
 ):  # fmt: skip
     """The last program of a query writes its column of `answers` int64[8, n] (rows: `triton`)."""
-    tl.debug_barrier()
-    if tl.atomic_add(done + n, 1, sem="acq_rel") == programs - 1:
-        tl.store(done + n, 0)
+    if is_last(done + 17 * n, tl.program_id(0), tl.num_programs(0)):
         states = tl.num_programs(1)
         final = tl.maximum(tl.load(winners + n, cache_modifier=".cg"), first)
         found = final != EMPTY
@@ -128,10 +134,11 @@ def _finish(
         planes = tl.load(read + n * 4, cache_modifier=".cg").to(tl.int64)
         exact = tl.load(read + n * 4 + 1, cache_modifier=".cg").to(tl.int64) + found.to(tl.int64)
         size = fixed_bytes + PLANES * planes * plane_bytes + exact * row_bytes
+        fallback = (exact * 2 > V).to(tl.int64)
         out = answers + n
         tl.store(out, tl.where(found, row_of(final), 0).to(tl.int64))
         tl.store(out + states, certified)
-        tl.store(out + 2 * states, (exact * 2 > V).to(tl.int64))
+        tl.store(out + 2 * states, fallback)
         tl.store(out + 3 * states, exact)
         tl.store(out + 4 * states, size)
         tl.store(out + 5 * states, score.to(tl.int32, bitcast=True).to(tl.int64))
@@ -139,7 +146,7 @@ def _finish(
         tl.store(out + 7 * states, first)
         tl.atomic_add(totals, 1, sem="relaxed")
         tl.atomic_add(totals + 1, certified, sem="relaxed")
-        tl.atomic_add(totals + 2, (exact * 2 > V).to(tl.int64), sem="relaxed")
+        tl.atomic_add(totals + 2, fallback, sem="relaxed")
         tl.atomic_add(totals + 3, exact, sem="relaxed")
         tl.atomic_add(totals + 4, size, sem="relaxed")
 
@@ -175,6 +182,7 @@ def _select_kernel(
     D1: tl.constexpr,
     PLANES: tl.constexpr,
     SHARE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -193,23 +201,26 @@ def _select_kernel(
     )
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     own = numbers + n * _NUMBERS
-    i = tl.arange(0, SHARE)
-    mine = ((i // 16) * programs + pid) * 16 + i % 16
-    bound = tl.load(bounds + n.to(tl.int64) * V + mine, mine < V, float("-inf"))
     first = tl.load(pilots + n)
     target = score_of(first)
-    alive = (bound >= target) & (mine < V) & (mine != row_of(first))
-    count = tl.sum(alive.to(tl.int32), 0)
+    list_ptr = lists + (n.to(tl.int64) * programs + pid) * SHARE
+    count = 0
+    for start in range(0, SHARE, BLOCK_V):
+        i = start + tl.arange(0, BLOCK_V)
+        mine = ((i // 16) * programs + pid) * 16 + i % 16
+        bound = tl.load(bounds + n.to(tl.int64) * V + mine, mine < V, float("-inf"))
+        alive = (bound >= target) & (mine < V) & (mine != row_of(first))
+        alive_count = alive.to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(alive_count, 0) - 1, mine, alive)
+        count += tl.sum(alive_count, 0)
     if count > 0:
         tl.atomic_add(read + n * 4, count, sem="relaxed")
-        list_ptr = lists + (n.to(tl.int64) * programs + pid) * SHARE
-        place = tl.cumsum(alive.to(tl.int32), 0) - 1
-        tl.store(list_ptr + place, mine, alive)
         tl.debug_barrier()
-        state = hidden + n.to(tl.int64) * D_HIDDEN
-        own_bias = bias + n.to(tl.int64) * bias_stride
         floor = tl.load(own + _FLOOR)
+        best = first * 0 + EMPTY
+        scored = 0
         for start in range(0, count, BLOCK_R):
             j = start + tl.arange(0, BLOCK_R)
             listed = j < count
@@ -220,25 +231,29 @@ def _select_kernel(
                 list_ptr + start, count - start, refine, scale, own, query + n * STRIDE, V, D4,
                 D2, D1, PLANES, BLOCK_R, FAST,
             )  # fmt: skip
-            value += added
             spread = spread_of(scale, own, row, listed, V, _SPREAD_FINE, D4, D2, D1)
             if not DETERMINISTIC:
                 spread *= factor
-            can_win = listed & (value + tl.sqrt(spread + floor) >= target)
+            can_win = listed & (value + added + tl.sqrt(spread + floor) >= target)
+            place = tl.cumsum(can_win.to(tl.int32), 0)
             left = tl.sum(can_win.to(tl.int32), 0)
-            if left > 0:
-                tl.atomic_add(read + n * 4 + 1, left, sem="relaxed")
-                score = _exact_rows(
-                    state, weight, own_bias, row, can_win, D_HIDDEN, BLOCK_R, BLOCK_D, HAS_BIAS
-                )
+            for k in range(left):
+                one = tl.sum(tl.where(can_win & (place == k + 1), row, 0), 0)
+                score = exact_dot(
+                    hidden + n.to(tl.int64) * D_HIDDEN, weight,
+                    bias + n.to(tl.int64) * bias_stride, one, D_HIDDEN, BLOCK_D, HAS_BIAS,
+                )  # fmt: skip
                 if HAS_NOISE:
-                    noise = gumbel_at(tl.load(seeds + n), tl.load(steps + n), row)
+                    noise = gumbel_at(tl.load(seeds + n), tl.load(steps + n), one)
                     score += tl.load(temperature + n) * noise
-                pack = tl.max(tl.where(can_win, packed(score, row), EMPTY), 0)
-                tl.atomic_max(winners + n, pack, sem="relaxed")
+                best = tl.maximum(best, packed(score, one))
+            scored += left
+        if scored > 0:
+            tl.atomic_add(read + n * 4 + 1, scored, sem="relaxed")
+            tl.atomic_max(winners + n, best, sem="relaxed")
     _finish(
-        n, programs, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes,
-        row_bytes, PLANES,
+        n, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes, row_bytes,
+        PLANES,
     )  # fmt: skip
 
 
@@ -301,7 +316,7 @@ def _mass_kernel(
     D4: tl.constexpr,
     D2: tl.constexpr,
     D1: tl.constexpr,
-    SHARE: tl.constexpr,
+    SHARE_MASS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CUTS: tl.constexpr,
     PER_NAT: tl.constexpr,
@@ -321,8 +336,8 @@ def _mass_kernel(
     floor = tl.load(own + _FLOOR)
     lost = tl.zeros([BLOCK_V, CUTS], tl.float32)
     mass = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, SHARE, BLOCK_V):
-        row = pid * SHARE + start + tl.arange(0, BLOCK_V)
+    for start in range(0, SHARE_MASS, BLOCK_V):
+        row = pid * SHARE_MASS + start + tl.arange(0, BLOCK_V)
         inside = row < V
         value = tl.load(logits + n.to(tl.int64) * V + row, inside, float("-inf"))
         half = 0.5 * (spread_of(scale, own, row, inside, V, _VARIANCE, D4, D2, D1) + floor)
@@ -357,6 +372,7 @@ def _refine_kernel(
     D1: tl.constexpr,
     PLANES: tl.constexpr,
     SHARE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CUTS: tl.constexpr,
     PER_NAT: tl.constexpr,
@@ -381,16 +397,19 @@ def _refine_kernel(
     own_sums = sums + n * (4 * CUTS)
     mass = _fixed(own_sums + 2 * CUTS)
     cut, _ = _cut_of(own_sums, 0.5 * budget * mass, CUTS, PER_NAT)
-    i = tl.arange(0, SHARE)
-    mine = ((i // 16) * programs + pid) * 16 + i % 16
-    inside = mine < V
-    value = tl.load(logits + n.to(tl.int64) * V + mine, inside, float("-inf"))
-    spread = spread_of(scale, own, mine, inside, V, _SPREAD, D4, D2, D1) + floor
-    needed = (peak - value < cut) | (value + tl.sqrt(spread) >= target)
-    alive = inside & needed & (mine != known) & (value > float("-inf"))
-    count = tl.sum(alive.to(tl.int32), 0)
     list_ptr = lists + (n.to(tl.int64) * programs + pid) * SHARE
-    tl.store(list_ptr + tl.cumsum(alive.to(tl.int32), 0) - 1, mine, alive)
+    count = 0
+    for start in range(0, SHARE, BLOCK_V):
+        i = start + tl.arange(0, BLOCK_V)
+        mine = ((i // 16) * programs + pid) * 16 + i % 16
+        inside = mine < V
+        value = tl.load(logits + n.to(tl.int64) * V + mine, inside, float("-inf"))
+        spread = spread_of(scale, own, mine, inside, V, _SPREAD, D4, D2, D1) + floor
+        needed = (peak - value < cut) | (value + tl.sqrt(spread) >= target)
+        alive = inside & needed & (mine != known) & (value > float("-inf"))
+        alive_count = alive.to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(alive_count, 0) - 1, mine, alive)
+        count += tl.sum(alive_count, 0)
     tl.store(counts + n * programs + pid, count)
     tl.debug_barrier()
     lost = tl.zeros([BLOCK_R, CUTS], tl.float32)
@@ -495,6 +514,6 @@ def _exact_kernel(
             pack = tl.max(tl.where(taken, packed(score, row), EMPTY), 0)
             tl.atomic_max(winners + n, pack, sem="relaxed")
     _finish(
-        n, programs, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes,
-        row_bytes, PLANES,
+        n, first, winners, done, read, answers, totals, V, fixed_bytes, plane_bytes, row_bytes,
+        PLANES,
     )  # fmt: skip

@@ -91,7 +91,9 @@ def make_layout(index: CodesIndex) -> Layout:
 
 
 def pack_table(layout: Layout, device: torch.device) -> Tensor:
-    """Coordinate of the first byte of each packed word: int32[packed_words], -1 for padding."""
+    """Coordinate of the first byte of each packed word, -1 for padding; then how many words the
+    one-bit section has: int32[packed_words + 1].
+    """
     parts, starts = [], (0, layout.d4, layout.d4 + layout.d2)
     sections = [(0, 2), (1, 2), (2, 2), (2, 1)]
     for slot, width in sections:
@@ -100,6 +102,7 @@ def pack_table(layout: Layout, device: torch.device) -> Tensor:
         first = words[None] * (32 // width) + 4 * torch.arange(fields)[:, None]
         inside = words[None] * (32 // width) < dims
         parts.append(torch.where(inside, starts[slot] + first, -1).flatten())
+    parts.append(torch.tensor([8 * padded_words(layout.d1, 1)]))
     return torch.cat(parts).to(torch.int32).to(device)
 
 

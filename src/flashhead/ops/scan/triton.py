@@ -156,27 +156,48 @@ def _dot_one_bit(x, q0, q1, q2, q3, q4, q5, q6, q7, low, high, FAST: tl.constexp
 
 
 @triton.jit
+def is_last(counters, pid, programs):
+    """Whether all `programs` have come here; true for one of them, and the counters are zero again.
+
+    16 counters and one for these: atomics on one address wait for each other.
+    """
+    shard = pid % 16
+    size = (programs - shard + 15) // 16
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + 1 + shard, 1, sem="acq_rel") == size - 1
+    if last:
+        tl.store(counters + 1 + shard, 0)
+        last = tl.atomic_add(counters, 1, sem="acq_rel") == tl.minimum(programs, 16) - 1
+        if last:
+            tl.store(counters, 0)
+    return last
+
+
+@triton.jit
 def _quantise(
-    coded, n, here, constants, table, query, numbers, z2, segments, D4, D2, DIMS: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+    coded, parts, n, here, constants, table, query, numbers, z2, segments, D4, D2,
+    DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """Steps, numbers and packed bytes of BLOCK_N hidden states.
+    """Steps, numbers and packed bytes of BLOCK_N hidden states; `parts` are the largest value and
+    the energy of each group of 16 coordinates.
 
     Loops stay loops: this code runs once a search, and fetching it costs more than running it.
     """
-    i = tl.arange(0, BLOCK_DIMS)
+    GROUPS: tl.constexpr = DIMS // 16
+    g = tl.arange(0, BLOCK_G)
+    own_parts = parts + n[:, None] * (2 * GROUPS) + g[None, :]
+    real_part = here[:, None] & (g < GROUPS)[None, :]
+    largest = tl.load(own_parts, real_part, 0, cache_modifier=".cg")
+    squares = tl.load(own_parts + GROUPS, real_part, 0, cache_modifier=".cg")
     row = coded + n[:, None] * DIMS
-    value = tl.load(row + i[None, :], here[:, None] & (i < DIMS)[None, :], 0, cache_modifier=".cg")
     own = numbers + n * _NUMBERS
     for slot in range(3):
-        first = tl.where(slot == 0, 0, tl.where(slot == 1, D4, D4 + D2))
-        last = tl.where(slot == 0, D4, tl.where(slot == 1, D4 + D2, DIMS))
-        inside = ((i >= first) & (i < last))[None, :]
-        part = tl.where(inside, value, 0.0)
-        step = tl.maximum(tl.max(tl.abs(part), 1) / 127.0, 1e-30)
-        qsum = tl.sum((part / step[:, None] + 12582912.0) - 12582912.0, 1)
-        energy = tl.sum(part * part, 1)
+        first = tl.where(slot == 0, 0, tl.where(slot == 1, D4, D4 + D2)) // 16
+        last = tl.where(slot == 0, D4, tl.where(slot == 1, D4 + D2, DIMS)) // 16
+        inside = ((g >= first) & (g < last))[None, :]
+        step = tl.maximum(tl.max(tl.where(inside, largest, 0.0), 1) / 127.0, 1e-30)
+        energy = tl.sum(tl.where(inside, squares, 0.0), 1)
         c = constants + slot * 8
         code_energy, dims = tl.load(c + 2), tl.maximum(tl.load(c + 3), 1.0)
         rounding = step * step * code_energy / 12.0
@@ -191,12 +212,16 @@ def _quantise(
             spread, spread_fine = z2 * variance, z2 * fine
         tl.store(own + _MULT + slot, step * tl.load(c), here)
         tl.store(own + _STEP + slot, step, here)
-        tl.store(own + _QSUM + slot, qsum, here)
         tl.store(own + _SPREAD + slot, spread, here)
         tl.store(own + _SPREAD_FINE + slot, spread_fine, here)
         tl.store(own + _VARIANCE + slot, variance, here)
         tl.store(own + _VARIANCE_FINE + slot, fine, here)
     tl.debug_barrier()
+    # the two-bit sections hold every coordinate once: their sums are the sums of q
+    two_bits = PACKED - tl.load(table + PACKED)
+    sums0 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
+    sums1 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
+    sums2 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
     for start in range(0, PACKED, BLOCK_P):
         at = start + tl.arange(0, BLOCK_P)
         place = tl.load(table + at, at < PACKED, -1)
@@ -204,11 +229,21 @@ def _quantise(
         real = here[:, None] & (place >= 0)[None, :]
         steps = tl.load(own[:, None] + _STEP + own_slot[None, :], real, 1.0)
         total = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
+        summed = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
         for j in tl.static_range(4):
             v = tl.load(row + place[None, :] + j, real, 0, cache_modifier=".cg")
-            total += (((v / steps + 12582912.0) - 12582912.0).to(tl.int32) & 255) << (8 * j)
+            byte = ((v / steps + 12582912.0) - 12582912.0).to(tl.int32)
+            total += (byte & 255) << (8 * j)
+            summed += byte
+        summed = tl.where((at < two_bits)[None, :], summed, 0)
+        sums0 += tl.where((own_slot == 0)[None, :], summed, 0)
+        sums1 += tl.where((own_slot == 1)[None, :], summed, 0)
+        sums2 += tl.where((own_slot == 2)[None, :], summed, 0)
         keep = here[:, None] & (at < PACKED)[None, :]
         tl.store(query + n[:, None] * PACKED + at[None, :], total, keep)
+    tl.store(own + _QSUM, tl.sum(sums0, 1).to(tl.float32), here)
+    tl.store(own + _QSUM + 1, tl.sum(sums1, 1).to(tl.float32), here)
+    tl.store(own + _QSUM + 2, tl.sum(sums2, 1).to(tl.float32), here)
 
 
 @triton.jit
@@ -219,9 +254,10 @@ def _query_kernel(
     constants,
     table,
     coded,
+    parts,
     query,
     numbers,
-    arrived,
+    counters,
     pilots,
     winners,
     tops,
@@ -239,7 +275,7 @@ def _query_kernel(
     SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DIMS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DOT: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
@@ -250,6 +286,7 @@ def _query_kernel(
     """
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     g = tl.program_id(0)
     GROUPS: tl.constexpr = DIMS // 16
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -282,6 +319,7 @@ def _query_kernel(
             tl.store(sums + n[:, None] * SUMS + all_sums[None, :], nothing, here[:, None])
     else:
         rows = g * 16 + tl.arange(0, 16)
+        place = parts + n * (2 * GROUPS) + g
         if DOT:  # products of 16-bit numbers are exact in float32
             value = tl.zeros([16, BLOCK_N], tl.float32)
             for start in range(0, D_HIDDEN, BLOCK_D):
@@ -296,6 +334,8 @@ def _query_kernel(
                 )
                 value = tl.dot(w, x, value)
             tl.store(coded + n[None, :] * DIMS + rows[:, None], value, here[None, :])
+            tl.store(place, tl.max(tl.abs(value), 0), here)
+            tl.store(place + GROUPS, tl.sum(value * value, 0), here)
         else:
             product = tl.zeros([BLOCK_N, 16, BLOCK_D], tl.float32)
             for start in range(0, D_HIDDEN, BLOCK_D):
@@ -305,15 +345,14 @@ def _query_kernel(
                     transform + rows[:, None] * D_HIDDEN + k[None, :], (k < D_HIDDEN)[None, :], 0
                 )
                 product += h.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
-            tl.store(
-                coded + n[:, None] * DIMS + rows[None, :], tl.sum(product, 2), here[:, None]
-            )
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + tl.program_id(1), 1, sem="acq_rel") == GROUPS:
-        tl.store(arrived + tl.program_id(1), 0)
+            summed = tl.sum(product, 2)
+            tl.store(coded + n[:, None] * DIMS + rows[None, :], summed, here[:, None])
+            tl.store(place, tl.max(tl.abs(summed), 1), here)
+            tl.store(place + GROUPS, tl.sum(summed * summed, 1), here)
+    if is_last(counters + 17 * tl.program_id(1), g, GROUPS + 1):
         _quantise(
-            coded, n, here, constants, table, query, numbers, z2, segments, D4, D2, DIMS, PACKED,
-            BLOCK_N, BLOCK_DIMS, BLOCK_P, DETERMINISTIC,
+            coded, parts, n, here, constants, table, query, numbers, z2, segments, D4, D2, DIMS,
+            PACKED, BLOCK_N, BLOCK_G, BLOCK_P, DETERMINISTIC,
         )  # fmt: skip
 
 
@@ -325,9 +364,7 @@ def _load_words(x_ptr, keep, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT words of all rows of a tile, one tensor each."""
     words = ()
     for w in tl.static_range(COUNT):
-        words = words + (
-            tl.load(x_ptr + (FIRST + w) * 16, keep, 0, eviction_policy="evict_first"),
-        )
+        words = words + (tl.load(x_ptr + (FIRST + w) * 16, keep, 0, eviction_policy="evict_first"),)
     return words
 
 
@@ -715,17 +752,13 @@ def _scan_batch_kernel(
     top = tl.full([M, BLOCK_N], _MINUS_INFINITY, tl.int32)
     tiles = (nblk + BLOCKS - 1) // BLOCKS
     lane = tl.arange(0, M)
-    direct, scale4, scale2, scale1 = _tile_numbers(
-        direction, scale, pid * M + lane, V, D4, D2, D1
-    )
+    direct, scale4, scale2, scale1 = _tile_numbers(direction, scale, pid * M + lane, V, D4, D2, D1)
     for tile in tl.range(pid, tiles, tl.num_programs(0), num_stages=STAGES):
         number = (tile - pid) // tl.num_programs(0)
         blk = tile * BLOCKS + tl.arange(0, BLOCKS)
         rows = tile * M + lane
         inside = rows < V
-        following = _tile_numbers(
-            direction, scale, rows + tl.num_programs(0) * M, V, D4, D2, D1
-        )
+        following = _tile_numbers(direction, scale, rows + tl.num_programs(0) * M, V, D4, D2, D1)
         x_ptr = base + blk.to(tl.int64)[:, None, None] * (WORDS * 64) + r[None, None, :]
         keep = (blk < nblk)[:, None, None]
         estimate = direct[:, None] * along[None, :] + shift[None, :]
@@ -733,9 +766,7 @@ def _scan_batch_kernel(
         rs1 = scale1.to(tl.float32)
         if D4 > 0:
             acc = tl.zeros([M, BLOCK_N], tl.int32)
-            acc = _run_batch(
-                x_ptr, keep, high_q, acc, 0, D4 // 16, WORDS, 2, BLOCKS, BLOCK_W, FAST
-            )
+            acc = _run_batch(x_ptr, keep, high_q, acc, 0, D4 // 16, WORDS, 2, BLOCKS, BLOCK_W, FAST)
             acc = _run_batch(
                 x_ptr, keep, low_q, acc * 4, D4 // 16, D4 // 16, WORDS, 2, BLOCKS, BLOCK_W, FAST
             )
