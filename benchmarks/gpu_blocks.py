@@ -33,22 +33,18 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
     """Blocks to try, by the part they change."""
     change = lambda **values: dataclasses.replace(ops.BLOCKS, **values)  # noqa: E731
     shares = [
-        change(select_programs=p, rows=r, share_mass=m)
-        for p, r, m in ((1, 16, 256), (2, 16, 256), (4, 16, 512), (2, 32, 512))
+        change(select_programs=p, rows=r, share_mass=m) for p, r, m in ((2, 16, 256), (4, 16, 512))
     ]
     if batch == 1:
         scans = [
             change(scan_warps=k, scan_blocks=b, scan_group=g, scan_ready=r)
-            for k, b, g, r in ((4, 32, 8, 16), (8, 64, 8, 16), (2, 16, 8, 16), (4, 32, 8, 8))
+            for k, b, g, r in ((4, 32, 8, 16), (2, 16, 8, 16), (8, 64, 8, 24))
         ]
     elif batch <= 8:
         scans = [
-            change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s, query_states=q)
-            for k, b, p, s, q in (
-                (4, 8, 3, 2, 8), (4, 8, 3, 3, 4), (4, 4, 4, 2, 2), (4, 4, 4, 3, 8), (4, 4, 5, 2, 8),
-                (8, 8, 2, 3, 8),
-            )
-        ]  # fmt: skip
+            change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s)
+            for k, b, p, s in ((4, 8, 3, 2), (4, 8, 3, 3), (4, 4, 4, 2), (4, 4, 5, 3), (8, 8, 2, 3))
+        ]
     else:
         scans = [
             change(
@@ -56,7 +52,7 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
             )
             for k, b, p, s, n in (
                 (8, 8, 1, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32), (4, 8, 2, 2, 16),
-                (4, 4, 3, 2, 16), (8, 8, 2, 2, 16), (4, 8, 3, 2, 8),
+                (4, 4, 3, 2, 16), (4, 8, 3, 2, 8),
             )
         ]  # fmt: skip
     return {"scan": scans, "share": shares}

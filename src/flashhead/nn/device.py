@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
-from flashhead.nn.graphs import GraphCache, replays
+from flashhead.nn.graphs import GraphCache, raw_stream, replays
 from flashhead.nn.output import HeadOutput, NextToken
 from flashhead.ops.cascade import triton as ops
 
@@ -79,9 +79,13 @@ class DeviceSearch:
         self.graphs = GraphCache()
         self.totals = torch.zeros(TOTALS, dtype=torch.int64, device=self.device)
         self._counters_of: dict[int, Tensor] = {}
+        ops.check(self.weight)
         self.index = index
         if isinstance(index, CodesIndex):
             self.codes = ops.device_index(index, self.device)
+            probability = index.options.failure_probability
+            stages = index.planes + 1
+            self._zs = {p: ops.kernel_z(p, stages) for p in (1e-6, 0.0, probability)}
         else:
             from flashhead.ops.probe.api import estimated_tokens
 
@@ -152,7 +156,7 @@ class DeviceSearch:
             )
             return (tokens,) if logits is None else (tokens, logits)
 
-        found = self.graphs(("clusters", winner_only), run, [hidden])
+        found = self.graphs(("clusters", winner_only, len(hidden)), run, [hidden])
         return found[0], None if winner_only else found[1]
 
     def take_totals(self) -> list[int]:
@@ -162,7 +166,10 @@ class DeviceSearch:
         return numbers
 
     def _z(self, failure_probability: float) -> float:
-        return ops.kernel_z(failure_probability, self.codes.layout.planes + 1)
+        if failure_probability not in self._zs:
+            stages = self.codes.layout.planes + 1
+            self._zs[failure_probability] = ops.kernel_z(failure_probability, stages)
+        return self._zs[failure_probability]
 
     def _tokens(self, z: float) -> Any:
         codes = self.codes
@@ -192,20 +199,20 @@ class DeviceSearch:
         self, kind: tuple[Any, ...], function: Any, inputs: list[Tensor], constant: int
     ) -> tuple[Tensor, ...]:
         """In parts of at most `MOST_STATES` hidden states, each by a replay or directly."""
-        ops.check(self.weight)
+        if len(inputs[0]) <= ops.MOST_STATES:
+            return self._part(kind, function, inputs, constant)
         parts = [x.split(ops.MOST_STATES) for x in inputs]
         found = [
             self._part(kind, function, list(part), constant) for part in zip(*parts, strict=True)
         ]
-        if len(found) == 1:
-            return found[0]
         *first, answers = zip(*found, strict=True)
         return (*(torch.cat(part) for part in first), torch.cat(answers, 1))
 
     def _part(
         self, kind: tuple[Any, ...], function: Any, inputs: list[Tensor], constant: int
     ) -> tuple[Tensor, ...]:
-        own = self._counters() if replays(inputs[0]) else self._new_counters()
+        replayed = replays(inputs[0])
+        own = self._counters(raw_stream(inputs[0])) if replayed else self._new_counters()
 
         def run(*given: Tensor) -> tuple[Tensor, ...]:
             result: tuple[Tensor, ...] = function(*given, own, self.totals)
@@ -214,14 +221,13 @@ class DeviceSearch:
         def warm_up(*given: Tensor) -> None:  # not counted
             function(*given, own, torch.zeros_like(self.totals))
 
-        return self.graphs(kind, run, inputs, constant, warm_up)
+        return self.graphs((*kind, len(inputs[0])), run, inputs, constant, warm_up)
 
     def _new_counters(self) -> Tensor:
         return torch.zeros(ops.COUNTERS, dtype=torch.int32, device=self.device)
 
-    def _counters(self) -> Tensor:
-        """Counters of the current stream: kernels leave them at zero."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+    def _counters(self, stream: int) -> Tensor:
+        """Counters of a stream: kernels leave them at zero."""
         if stream not in self._counters_of:
             self._counters_of[stream] = self._new_counters()
         return self._counters_of[stream]

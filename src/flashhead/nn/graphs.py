@@ -54,32 +54,35 @@ class GraphCache:
         """`function(*inputs)` by a replay; its outputs are fresh tensors.
 
         Args:
-            kind: what decides the function beyond the shapes of its inputs; hashable.
+            kind: what decides the function and the shapes of its inputs; hashable.
             function: launches kernels without waiting for them, returns tensors.
-            inputs: on one device.
+            inputs: on one device; the first one's dtype may vary.
             constant: the last so many of the inputs are never changed by the caller, so one that is
                 passed again is not copied again.
             warmup: called once with the inputs before a capture, to compile the kernels; None: the
                 function.
         """
-        if not replays(inputs[0]):
+        first = inputs[0]
+        if not replays(first):
             return function(*inputs)
-        stream = torch.cuda.current_stream(inputs[0].device)
-        shapes = tuple((tuple(x.shape), x.dtype) for x in inputs)
-        key = (kind, shapes, stream.device_index, stream.cuda_stream)
+        key = (kind, first.dtype, raw_stream(first))
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._capture(function, warmup or function, inputs, stream)
+                entry = self._capture(function, warmup or function, inputs)
                 while len(self._entries) >= MOST_GRAPHS:
                     self._entries.pop(next(iter(self._entries)))
                 self._entries[key] = entry
             changing = len(inputs) - constant
-            for i, (static, given) in enumerate(zip(entry.inputs, inputs, strict=True)):
-                if i < changing or entry.given[i] is not given:
-                    static.copy_(given)
-                    entry.given[i] = given if i >= changing else None
+            for i, given in enumerate(inputs):
+                if i < changing:
+                    entry.inputs[i].copy_(given)
+                elif entry.given[i] is not given:
+                    entry.inputs[i].copy_(given)
+                    entry.given[i] = given
             entry.graph.replay()
+            if len(entry.outputs) == 1:
+                return (entry.outputs[0].clone(),)
             return tuple(output.clone() for output in entry.outputs)
 
     def _capture(
@@ -87,9 +90,9 @@ class GraphCache:
         function: Callable[..., tuple[Tensor, ...]],
         warmup: Callable[..., object],
         inputs: Sequence[Tensor],
-        stream: Any,
     ) -> _Entry:
         device = inputs[0].device
+        stream = torch.cuda.current_stream(device)
         with torch.cuda.device(device):
             static = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
             for own, given in zip(static, inputs, strict=True):
@@ -110,6 +113,12 @@ class GraphCache:
 
 def replays(tensor: Tensor) -> bool:
     """Whether a call on this tensor goes through a graph of our own."""
-    if tensor.device.type != "cuda" or torch.compiler.is_compiling():
+    if not tensor.is_cuda or torch.compiler.is_compiling():
         return False
     return not torch.cuda.is_current_stream_capturing()
+
+
+def raw_stream(tensor: Tensor) -> int:
+    """The current stream of a tensor's device, as a number."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return int(stream.cuda_stream)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flashhead.nn.device import DeviceSearch
 
 _DEVICE_ROWS = 2**14
+_GREEDY = Sampling()
 
 
 class FlashHead(nn.Linear):
@@ -150,7 +151,6 @@ class FlashHead(nn.Linear):
         self._require_hidden(hidden)
         return self._search(hidden)
 
-    @torch.no_grad()
     def next_token(
         self,
         hidden: Tensor,
@@ -180,17 +180,18 @@ class FlashHead(nn.Linear):
         """
         self._require_hidden(hidden)
         require_failure_probability(failure_probability)
-        sampling = sampling or Sampling()
-        if self._draws_on_device(sampling, contexts) and len(hidden):
-            assert self.device_search is not None
+        sampling = sampling or _GREEDY
+        search = self.device_search
+        if search is not None and self._draws_on_device(sampling, contexts) and len(hidden):
             if not torch.compiler.is_compiling():
                 self._require_unchanged()
-            return self.device_search.next_token(
-                hidden, failure_probability, sampling.temperature, sampling.seed, steps
+            return search.next_token(
+                hidden.detach(), failure_probability, sampling.temperature, sampling.seed, steps
             )
         return self._next_token(hidden, sampling, steps, contexts, failure_probability)
 
     @torch.compiler.disable
+    @torch.no_grad()
     def _next_token(
         self,
         hidden: Tensor,
@@ -214,8 +215,7 @@ class FlashHead(nn.Linear):
 
     def _draws_on_device(self, sampling: Sampling, contexts: list[Context] | None) -> bool:
         """Whether the kernels do all of it: no filters, penalties, biases or masks."""
-        certain = self.device_search is not None and self.kind == "codes"
-        return certain and contexts is None and not sampling.filters
+        return self.kind == "codes" and contexts is None and not sampling.filters
 
     @torch.no_grad()
     def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> LogProbs:

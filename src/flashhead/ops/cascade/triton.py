@@ -197,7 +197,7 @@ class _Call:
         self.pilots, self.winners = packs[0], packs[1]
         small = new(5, padded, dtype=torch.int32)
         self.tops, self.read = small[0], small[1:].view(-1)
-        self.sums = new(n, 4 * CUTS, dtype=torch.int64)
+        self.sums = new(n, kernels.SUM_SHARDS.value, 4 * CUTS, dtype=torch.int64)
         self.answers = new(ANSWERS, n, dtype=torch.int64)
         bias_bytes = 0 if self.bias is None else 4 * self.vocab_size
         plane_bytes = self.index[3].shape[2] * 4
@@ -253,16 +253,16 @@ class _Call:
         _, _, _, _, transform, exact, constants, table = self.index
         # the tensor cores round float32 operands, so those take the long way
         dot = states > 1 and (self.hidden.dtype == transform.dtype)
-        block_d = 512 if states == 1 else 256 if dot else 64
+        block_d = 256 if dot else power_of_two(self.d)
         scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
             self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
             self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read, self.sums, self.n,
             1.0 if self.deterministic else self.z**2, float(segments), self.reach, self.d4, self.d2,
             D_HIDDEN=self.d, DIMS=dims, PACKED=self.query.shape[1],
-            SUMS=4 * CUTS if complete else 0, BLOCK_N=states,
+            SUMS=kernels.SUM_SHARDS.value * 4 * CUTS if complete else 0, BLOCK_N=states,
             BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_G=power_of_two(dims // 16),
-            BLOCK_P=1024 if states == 1 else 512, DOT=dot, DETERMINISTIC=self.deterministic,
-            PDL=self.pdl, **self.later(8),
+            BLOCK_P=power_of_two(self.query.shape[1]), DOT=dot, DETERMINISTIC=self.deterministic,
+            PDL=self.pdl, **self.later(16 if self.d > 2048 or states > 1 else 8),
         )  # fmt: skip
 
     def scan(self, bounds: bool) -> None:
@@ -336,7 +336,7 @@ class _Call:
         mass = self.blocks.share_mass
         kernels._mass_kernel[(-(-self.vocab_size // mass), self.n)](
             self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
-            SHARE_MASS=mass, BLOCK_V=64, **cuts, **self.later(4),
+            SHARE_MASS=mass, BLOCK_V=min(128, mass), **cuts, **self.later(4),
         )  # fmt: skip
         more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, "SHARE": share, **cuts}
         kernels._refine_kernel[grid](
@@ -443,7 +443,6 @@ def scan(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: DeviceIndex
     return call.scores
 
 
-@torch.compiler.assume_constant_result
 def kernel_z(failure_probability: float, stages: int) -> float:
     """The operators' `z`: 0 stands for the deterministic bound."""
     return 0.0 if failure_probability == 0 else z_score(failure_probability, stages)

@@ -36,23 +36,43 @@ _FLOOR = tl.constexpr(layout.NUMBER_FLOOR)
 _SPREAD, _SPREAD_FINE = tl.constexpr(layout.NUMBER_SPREAD), tl.constexpr(layout.NUMBER_SPREAD_FINE)
 _VARIANCE = tl.constexpr(layout.NUMBER_VARIANCE)
 _VARIANCE_FINE = tl.constexpr(layout.NUMBER_VARIANCE_FINE)
+SUM_SHARDS = tl.constexpr(16)
+"""Atomics on one address wait for each other: programs add to one of so many copies."""
 
 
 @triton.jit
-def _plane_segment(words, keep, q, FIRST: tl.constexpr, DIMS: tl.constexpr, FAST: tl.constexpr):
-    """Dot products of the fields of a segment with the query: float32 of the shape of `words`."""
+def _plane_words(words, keep, FIRST: tl.constexpr, DIMS: tl.constexpr):
+    """The words of a segment in one plane of some rows: int32 [rows, words]."""
+    WORDS: tl.constexpr = (DIMS + 63) // 64 * 4
+    word = tl.arange(0, triton.next_power_of_2(WORDS))
+    inside = keep[:, None] & (word < WORDS)[None, :]
+    return tl.load(words[:, None] + FIRST + word[None, :], inside, 0)
+
+
+@triton.jit
+def _query_words(q, DIMS: tl.constexpr):
+    """The same words of the query, field by field."""
     WORDS: tl.constexpr = (DIMS + 63) // 64 * 4
     PADDED: tl.constexpr = (DIMS // 16 + _PAD - 1) // _PAD * _PAD
-    BLOCK_W: tl.constexpr = triton.next_power_of_2(WORDS)
-    word = tl.arange(0, BLOCK_W)
+    word = tl.arange(0, triton.next_power_of_2(WORDS))
     inside = word < WORDS
-    x = tl.load(words[:, None] + FIRST + word[None, :], keep[:, None] & inside[None, :], 0)
-    q0 = tl.load(q + word, inside, 0)[None, :]
-    q1 = tl.load(q + PADDED + word, inside, 0)[None, :]
-    q2 = tl.load(q + 2 * PADDED + word, inside, 0)[None, :]
-    q3 = tl.load(q + 3 * PADDED + word, inside, 0)[None, :]
-    low, high = dot_two_bits(x, q0, q1, q2, q3, x * 0, x * 0, FAST)
-    return tl.sum(low.to(tl.float32) + high.to(tl.float32) * 0.25, 1)
+    return (
+        tl.load(q + word, inside, 0),
+        tl.load(q + PADDED + word, inside, 0),
+        tl.load(q + 2 * PADDED + word, inside, 0),
+        tl.load(q + 3 * PADDED + word, inside, 0),
+    )
+
+
+@triton.jit
+def _plane_part(x, q, rs, own, SLOT: tl.constexpr, FAST: tl.constexpr):
+    """What a segment of a plane adds to estimates, but for the plane's factor 1 / 4^j."""
+    low, high = dot_two_bits(
+        x, q[0][None, :], q[1][None, :], q[2][None, :], q[3][None, :], x * 0, x * 0, FAST
+    )
+    dot = tl.sum(low.to(tl.float32) + high.to(tl.float32) * 0.25, 1)
+    mult, qsum = tl.load(own + _MULT + SLOT), tl.load(own + _QSUM + SLOT)
+    return rs.to(tl.float32) * (mult * (dot - 1.5 * qsum))
 
 
 @triton.jit
@@ -62,7 +82,7 @@ def _refined(
 ):  # fmt: skip
     """What all planes add to the estimates of the rows listed, and the last plane's error factors.
 
-    All planes of all rows travel together, as PLANES * BLOCK_R rows.
+    All planes of all rows travel together, as PLANES * BLOCK_R rows, before anything is computed.
     """
     W4: tl.constexpr = (D4 + 63) // 64 * 4
     W2: tl.constexpr = (D2 + 63) // 64 * 4
@@ -77,24 +97,24 @@ def _refined(
     keep = at < count
     rows = tl.load(listed + at, keep, 0)
     words = refine + (plane.to(tl.int64) * V + rows) * ROW
-    part = tl.where(plane == 0, 0.25, 0.0625)
-    added = tl.zeros([PLANES * BLOCK_R], tl.float32)
-    factor = tl.load(words + ROW - 1, keep, 0).to(tl.float32, bitcast=True)
     if D4 > 0:
-        rs = tl.load(scale + rows, keep, 0).to(tl.float32)
-        dot = _plane_segment(words, keep, query, 0, D4, FAST)
-        added += rs * (tl.load(own + _MULT) * (dot - 1.5 * tl.load(own + _QSUM)))
+        x4, rs4 = _plane_words(words, keep, 0, D4), tl.load(scale + rows, keep, 0)
     if D2 > 0:
-        rs = tl.load(scale + S2 * V + rows, keep, 0).to(tl.float32)
-        dot = _plane_segment(words, keep, query + P4, W4, D2, FAST)
-        added += rs * (tl.load(own + _MULT + 1) * (dot - 1.5 * tl.load(own + _QSUM + 1)))
+        x2, rs2 = _plane_words(words, keep, W4, D2), tl.load(scale + S2 * V + rows, keep, 0)
     if D1 > 0:
-        rs = tl.load(scale + S1 * V + rows, keep, 0).to(tl.float32)
-        dot = _plane_segment(words, keep, query + P4 + P2, W4 + W2, D1, FAST)
-        added += rs * (tl.load(own + _MULT + 2) * (dot - 1.5 * tl.load(own + _QSUM + 2)))
+        x1, rs1 = _plane_words(words, keep, W4 + W2, D1), tl.load(scale + S1 * V + rows, keep, 0)
+    factor = tl.load(words + ROW - 1, keep, 0).to(tl.float32, bitcast=True)
+    added = tl.zeros([PLANES * BLOCK_R], tl.float32)
+    if D4 > 0:
+        added += _plane_part(x4, _query_words(query, D4), rs4, own, 0, FAST)
+    if D2 > 0:
+        added += _plane_part(x2, _query_words(query + P4, D2), rs2, own, 1, FAST)
+    if D1 > 0:
+        added += _plane_part(x1, _query_words(query + P4 + P2, D1), rs1, own, 2, FAST)
     factor = tl.where(plane == PLANES - 1, factor, 0.0)
+    added *= tl.where(plane == 0, 0.25, 0.0625)
     shape: tl.constexpr = [PLANES, BLOCK_R]
-    return tl.sum(tl.reshape(added * part, shape), 0), tl.sum(tl.reshape(factor, shape), 0)
+    return tl.sum(tl.reshape(added, shape), 0), tl.sum(tl.reshape(factor, shape), 0)
 
 
 @triton.jit
@@ -125,7 +145,7 @@ def _finish(
     PLANES: tl.constexpr,
 ):  # fmt: skip
     """The last program of a query writes its column of `answers` int64[8, n] (rows: `triton`)."""
-    if is_last(done + 17 * n, tl.program_id(0), tl.num_programs(0)):
+    if is_last(done + 17 * n, tl.program_id(0), tl.num_programs(0), 16):
         states = tl.num_programs(1)
         final = tl.maximum(tl.load(winners + n, cache_modifier=".cg"), first)
         found = final != EMPTY
@@ -225,12 +245,12 @@ def _select_kernel(
             j = start + tl.arange(0, BLOCK_R)
             listed = j < count
             row = tl.load(list_ptr + j, listed, 0)
-            value = tl.load(bounds + n.to(tl.int64) * V + row, listed, float("-inf"))
-            value -= tl.sqrt(spread_of(scale, own, row, listed, V, _SPREAD, D4, D2, D1) + floor)
             added, factor = _refined(
                 list_ptr + start, count - start, refine, scale, own, query + n * STRIDE, V, D4,
                 D2, D1, PLANES, BLOCK_R, FAST,
             )  # fmt: skip
+            value = tl.load(bounds + n.to(tl.int64) * V + row, listed, float("-inf"))
+            value -= tl.sqrt(spread_of(scale, own, row, listed, V, _SPREAD, D4, D2, D1) + floor)
             spread = spread_of(scale, own, row, listed, V, _SPREAD_FINE, D4, D2, D1)
             if not DETERMINISTIC:
                 spread *= factor
@@ -283,15 +303,28 @@ def _add_fixed(place, value):
 
 
 @triton.jit
-def _fixed(place):
-    return tl.load(place, cache_modifier=".cg").to(tl.float32) * (1.0 / 4294967296.0)
+def _fixed(sums, SECTION: tl.constexpr, CUTS: tl.constexpr):
+    """A section of the sums of a query, over all shards: float32[CUTS]."""
+    c = tl.arange(0, CUTS)
+    shard = tl.arange(0, SUM_SHARDS)
+    place = sums + shard[:, None] * (4 * CUTS) + SECTION * CUTS + c[None, :]
+    total = tl.sum(tl.load(place, cache_modifier=".cg"), 0)
+    return total.to(tl.float32) * (1.0 / 4294967296.0)
 
 
 @triton.jit
-def _cut_of(sums, allowed, CUTS: tl.constexpr, PER_NAT: tl.constexpr):
+def _mass_of(sums, CUTS: tl.constexpr):
+    """The mass of a query."""
+    shard = tl.arange(0, SUM_SHARDS)
+    place = sums + shard * (4 * CUTS) + 2 * CUTS
+    total = tl.sum(tl.load(place, cache_modifier=".cg"), 0)
+    return total.to(tl.float32) * (1.0 / 4294967296.0)
+
+
+@triton.jit
+def _cut_of(lost, allowed, CUTS: tl.constexpr, PER_NAT: tl.constexpr):
     """Gap in nats from which on rows may be left, and what these lose."""
     c = tl.arange(0, CUTS)
-    lost = _fixed(sums + c)
     first = tl.min(tl.where(lost <= allowed, c, CUTS), 0)
     left = tl.sum(tl.where(c == first, lost, 0.0), 0)
     # no cut will do: all rows are needed
@@ -324,7 +357,7 @@ def _mass_kernel(
 ):
     """Losses by cut and mass of all rows at their base estimates.
 
-    `sums` is int64[4 CUTS] a query: losses at the base, losses of refined rows, the mass.
+    `sums` is int64[SUM_SHARDS, 4 CUTS] a query: losses at the base, of refined rows, the mass.
     """
     pid, n = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -347,7 +380,7 @@ def _mass_kernel(
         mass += tl.where(known, pilot, tl.exp(-gap - half))
         loss = tl.where(inside & (row != row_of(first)), tl.exp(-gap) * _growth(half), 0.0)
         lost += _beyond(gap, loss, CUTS, PER_NAT)
-    own_sums = sums + n * (4 * CUTS)
+    own_sums = sums + (n * SUM_SHARDS + pid % SUM_SHARDS) * (4 * CUTS)
     _add_fixed(own_sums + tl.arange(0, CUTS), tl.sum(lost, 0))
     _add_fixed(own_sums + 2 * CUTS, tl.sum(mass, 0))
 
@@ -394,9 +427,9 @@ def _refine_kernel(
     first = tl.load(pilots + n)
     target, known = score_of(first), row_of(first)
     peak, floor = _peak_of(first, tops, n), tl.load(own + _FLOOR)
-    own_sums = sums + n * (4 * CUTS)
-    mass = _fixed(own_sums + 2 * CUTS)
-    cut, _ = _cut_of(own_sums, 0.5 * budget * mass, CUTS, PER_NAT)
+    own_sums = sums + n * (SUM_SHARDS * 4 * CUTS)
+    lost_base = _fixed(own_sums, 0, CUTS)
+    cut, _ = _cut_of(lost_base, 0.5 * budget * _mass_of(own_sums, CUTS), CUTS, PER_NAT)
     list_ptr = lists + (n.to(tl.int64) * programs + pid) * SHARE
     count = 0
     for start in range(0, SHARE, BLOCK_V):
@@ -429,7 +462,8 @@ def _refine_kernel(
         loss = tl.exp(-gap) * _growth(0.5 * (variance + floor))
         lost += _beyond(gap, tl.where(listed, loss, 0.0), CUTS, PER_NAT)
     if count > 0:
-        _add_fixed(own_sums + CUTS + tl.arange(0, CUTS), tl.sum(lost, 0))
+        shard = own_sums + (pid % SUM_SHARDS) * (4 * CUTS)
+        _add_fixed(shard + CUTS + tl.arange(0, CUTS), tl.sum(lost, 0))
         tl.atomic_add(read + n * 4, count, sem="relaxed")
 
 
@@ -481,11 +515,11 @@ def _exact_kernel(
     first = tl.load(pilots + n)
     target = score_of(first)
     peak, floor = _peak_of(first, tops, n), tl.load(own + _FLOOR)
-    own_sums = sums + n * (4 * CUTS)
-    mass = _fixed(own_sums + 2 * CUTS)
-    _, spent = _cut_of(own_sums, 0.5 * budget * mass, CUTS, PER_NAT)
+    own_sums = sums + n * (SUM_SHARDS * 4 * CUTS)
+    mass = _mass_of(own_sums, CUTS)
+    _, spent = _cut_of(_fixed(own_sums, 0, CUTS), 0.5 * budget * mass, CUTS, PER_NAT)
     allowed = tl.maximum(budget * mass - spent, 0.0)
-    cut, _ = _cut_of(own_sums + CUTS, allowed, CUTS, PER_NAT)
+    cut, _ = _cut_of(_fixed(own_sums, 1, CUTS), allowed, CUTS, PER_NAT)
     if pid == 0:
         if first != EMPTY:
             tl.store(logits + n.to(tl.int64) * V + row_of(first), target)

@@ -25,7 +25,7 @@ _PAD = tl.constexpr(layout.FIELD_WORDS)
 _NUMBERS = tl.constexpr(layout.NUMBERS)
 _MULT, _QSUM = tl.constexpr(layout.NUMBER_MULT), tl.constexpr(layout.NUMBER_QSUM)
 _ALONG, _SHIFT = tl.constexpr(layout.NUMBER_ALONG), tl.constexpr(layout.NUMBER_SHIFT)
-_FLOOR, _STEP = tl.constexpr(layout.NUMBER_FLOOR), tl.constexpr(layout.NUMBER_STEP)
+_FLOOR = tl.constexpr(layout.NUMBER_FLOOR)
 _SPREAD, _SPREAD_FINE = tl.constexpr(layout.NUMBER_SPREAD), tl.constexpr(layout.NUMBER_SPREAD_FINE)
 _VARIANCE = tl.constexpr(layout.NUMBER_VARIANCE)
 _VARIANCE_FINE = tl.constexpr(layout.NUMBER_VARIANCE_FINE)
@@ -156,33 +156,63 @@ def _dot_one_bit(x, q0, q1, q2, q3, q4, q5, q6, q7, low, high, FAST: tl.constexp
 
 
 @triton.jit
-def is_last(counters, pid, programs):
+def is_last(counters, pid, programs, SHARDS: tl.constexpr):
     """Whether all `programs` have come here; true for one of them, and the counters are zero again.
 
-    16 counters and one for these: atomics on one address wait for each other.
+    Atomics on one address wait for each other, so many programs count on SHARDS addresses first.
     """
-    shard = pid % 16
-    size = (programs - shard + 15) // 16
     tl.debug_barrier()
-    last = tl.atomic_add(counters + 1 + shard, 1, sem="acq_rel") == size - 1
-    if last:
-        tl.store(counters + 1 + shard, 0)
-        last = tl.atomic_add(counters, 1, sem="acq_rel") == tl.minimum(programs, 16) - 1
+    if SHARDS == 1:
+        last = tl.atomic_add(counters, 1, sem="acq_rel") == programs - 1
         if last:
             tl.store(counters, 0)
+    else:
+        shard = pid % SHARDS
+        size = (programs - shard + SHARDS - 1) // SHARDS
+        last = tl.atomic_add(counters + 1 + shard, 1, sem="acq_rel") == size - 1
+        if last:
+            tl.store(counters + 1 + shard, 0)
+            last = tl.atomic_add(counters, 1, sem="acq_rel") == tl.minimum(programs, SHARDS) - 1
+            if last:
+                tl.store(counters, 0)
     return last
 
 
 @triton.jit
+def _segment_numbers(
+    largest, squares, inside, c, own, here, z2, segments, SLOT: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """Steps of a segment [states]; writes its numbers. `c` are the constants of the segment."""
+    step = tl.maximum(tl.max(tl.where(inside, largest, 0.0), 1) / 127.0, 1e-30)
+    energy = tl.sum(tl.where(inside, squares, 0.0), 1)
+    code_energy, dims = c[2], tl.maximum(c[3], 1.0)
+    rounding = step * step * code_energy / 12.0
+    variance = energy / dims * c[4] + rounding
+    fine = energy / dims * c[5] + rounding
+    if DETERMINISTIC:
+        slack = step * tl.sqrt(dims * code_energy) / 2.0
+        bound = tl.sqrt(energy * c[6]) + slack
+        bound_fine = tl.sqrt(energy * c[7]) + slack
+        spread, spread_fine = segments * bound * bound, segments * bound_fine * bound_fine
+    else:
+        spread, spread_fine = z2 * variance, z2 * fine
+    tl.store(own + _MULT + SLOT, step * c[0], here)
+    tl.store(own + _SPREAD + SLOT, spread, here)
+    tl.store(own + _SPREAD_FINE + SLOT, spread_fine, here)
+    tl.store(own + _VARIANCE + SLOT, variance, here)
+    tl.store(own + _VARIANCE_FINE + SLOT, fine, here)
+    return step
+
+
+@triton.jit
 def _quantise(
-    coded, parts, n, here, constants, table, query, numbers, z2, segments, D4, D2,
+    coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4, D2,
     DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     """Steps, numbers and packed bytes of BLOCK_N hidden states; `parts` are the largest value and
-    the energy of each group of 16 coordinates.
-
-    Loops stay loops: this code runs once a search, and fetching it costs more than running it.
+    the energy of each group of 16 coordinates. All loads are on their way at once.
     """
     GROUPS: tl.constexpr = DIMS // 16
     g = tl.arange(0, BLOCK_G)
@@ -190,60 +220,44 @@ def _quantise(
     real_part = here[:, None] & (g < GROUPS)[None, :]
     largest = tl.load(own_parts, real_part, 0, cache_modifier=".cg")
     squares = tl.load(own_parts + GROUPS, real_part, 0, cache_modifier=".cg")
-    row = coded + n[:, None] * DIMS
+    bytes_ptr = coded + n[:, None] * DIMS + place[None, :]
+    real = here[:, None] & (place >= 0)[None, :]
+    v0 = tl.load(bytes_ptr, real, 0, cache_modifier=".cg")
+    v1 = tl.load(bytes_ptr + 1, real, 0, cache_modifier=".cg")
+    v2 = tl.load(bytes_ptr + 2, real, 0, cache_modifier=".cg")
+    v3 = tl.load(bytes_ptr + 3, real, 0, cache_modifier=".cg")
     own = numbers + n * _NUMBERS
-    for slot in range(3):
-        first = tl.where(slot == 0, 0, tl.where(slot == 1, D4, D4 + D2)) // 16
-        last = tl.where(slot == 0, D4, tl.where(slot == 1, D4 + D2, DIMS)) // 16
-        inside = ((g >= first) & (g < last))[None, :]
-        step = tl.maximum(tl.max(tl.where(inside, largest, 0.0), 1) / 127.0, 1e-30)
-        energy = tl.sum(tl.where(inside, squares, 0.0), 1)
-        c = constants + slot * 8
-        code_energy, dims = tl.load(c + 2), tl.maximum(tl.load(c + 3), 1.0)
-        rounding = step * step * code_energy / 12.0
-        variance = energy / dims * tl.load(c + 4) + rounding
-        fine = energy / dims * tl.load(c + 5) + rounding
-        if DETERMINISTIC:
-            slack = step * tl.sqrt(dims * code_energy) / 2.0
-            bound = tl.sqrt(energy * tl.load(c + 6)) + slack
-            bound_fine = tl.sqrt(energy * tl.load(c + 7)) + slack
-            spread, spread_fine = segments * bound * bound, segments * bound_fine * bound_fine
-        else:
-            spread, spread_fine = z2 * variance, z2 * fine
-        tl.store(own + _MULT + slot, step * tl.load(c), here)
-        tl.store(own + _STEP + slot, step, here)
-        tl.store(own + _SPREAD + slot, spread, here)
-        tl.store(own + _SPREAD_FINE + slot, spread_fine, here)
-        tl.store(own + _VARIANCE + slot, variance, here)
-        tl.store(own + _VARIANCE_FINE + slot, fine, here)
-    tl.debug_barrier()
+    in0 = (g < D4 // 16)[None, :]
+    in1 = ((g >= D4 // 16) & (g < (D4 + D2) // 16))[None, :]
+    in2 = (g >= (D4 + D2) // 16)[None, :]
+    s0 = _segment_numbers(largest, squares, in0, c0, own, here, z2, segments, 0, DETERMINISTIC)
+    s1 = _segment_numbers(largest, squares, in1, c1, own, here, z2, segments, 1, DETERMINISTIC)
+    s2 = _segment_numbers(largest, squares, in2, c2, own, here, z2, segments, 2, DETERMINISTIC)
+    of0, of1 = (place < D4)[None, :], (place < D4 + D2)[None, :]
+    step = tl.where(of0, s0[:, None], tl.where(of1, s1[:, None], s2[:, None]))
+    q0 = ((v0 / step + 12582912.0) - 12582912.0).to(tl.int32)
+    q1 = ((v1 / step + 12582912.0) - 12582912.0).to(tl.int32)
+    q2 = ((v2 / step + 12582912.0) - 12582912.0).to(tl.int32)
+    q3 = ((v3 / step + 12582912.0) - 12582912.0).to(tl.int32)
+    total = (q0 & 255) | ((q1 & 255) << 8) | ((q2 & 255) << 16) | (q3 << 24)
+    at = tl.arange(0, BLOCK_P)
+    tl.store(
+        query + n[:, None] * PACKED + at[None, :], total, here[:, None] & (at < PACKED)[None, :]
+    )
     # the two-bit sections hold every coordinate once: their sums are the sums of q
-    two_bits = PACKED - tl.load(table + PACKED)
-    sums0 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
-    sums1 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
-    sums2 = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
-    for start in range(0, PACKED, BLOCK_P):
-        at = start + tl.arange(0, BLOCK_P)
-        place = tl.load(table + at, at < PACKED, -1)
-        own_slot = (place >= D4).to(tl.int32) + (place >= D4 + D2).to(tl.int32)
-        real = here[:, None] & (place >= 0)[None, :]
-        steps = tl.load(own[:, None] + _STEP + own_slot[None, :], real, 1.0)
-        total = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
-        summed = tl.zeros([BLOCK_N, BLOCK_P], tl.int32)
-        for j in tl.static_range(4):
-            v = tl.load(row + place[None, :] + j, real, 0, cache_modifier=".cg")
-            byte = ((v / steps + 12582912.0) - 12582912.0).to(tl.int32)
-            total += (byte & 255) << (8 * j)
-            summed += byte
-        summed = tl.where((at < two_bits)[None, :], summed, 0)
-        sums0 += tl.where((own_slot == 0)[None, :], summed, 0)
-        sums1 += tl.where((own_slot == 1)[None, :], summed, 0)
-        sums2 += tl.where((own_slot == 2)[None, :], summed, 0)
-        keep = here[:, None] & (at < PACKED)[None, :]
-        tl.store(query + n[:, None] * PACKED + at[None, :], total, keep)
-    tl.store(own + _QSUM, tl.sum(sums0, 1).to(tl.float32), here)
-    tl.store(own + _QSUM + 1, tl.sum(sums1, 1).to(tl.float32), here)
-    tl.store(own + _QSUM + 2, tl.sum(sums2, 1).to(tl.float32), here)
+    summed = tl.where((at < two_bits)[None, :], q0 + q1 + q2 + q3, 0)
+    tl.store(own + _QSUM, tl.sum(tl.where(of0, summed, 0), 1).to(tl.float32), here)
+    tl.store(own + _QSUM + 1, tl.sum(tl.where(of1 & (of0 == 0), summed, 0), 1).to(tl.float32), here)
+    tl.store(own + _QSUM + 2, tl.sum(tl.where(of1, 0, summed), 1).to(tl.float32), here)
+
+
+@triton.jit
+def _constants(constants, SLOT: tl.constexpr):
+    """The eight numbers of a segment."""
+    values = ()
+    for i in tl.static_range(8):
+        values = values + (tl.load(constants + SLOT * 8 + i),)
+    return values
 
 
 @triton.jit
@@ -282,24 +296,35 @@ def _query_kernel(
     PDL: tl.constexpr,
 ):
     """Coordinates by groups of 16, for BLOCK_N hidden states; the last program of these quantises
-    them. Also makes the buffers of the search ready.
+    them. Also makes the buffers of the search ready. What does not depend on the hidden states is
+    loaded before they exist.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     g = tl.program_id(0)
     GROUPS: tl.constexpr = DIMS // 16
+    SHARDS: tl.constexpr = 1 if GROUPS < 64 else 16
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     here = n < B
     state = hidden + n[:, None].to(tl.int64) * D_HIDDEN
+    c0, c1, c2 = _constants(constants, 0), _constants(constants, 1), _constants(constants, 2)
+    all_words = tl.arange(0, BLOCK_P)
+    place = tl.load(table + all_words, all_words < PACKED, -1)
+    two_bits = PACKED - tl.load(table + PACKED)
+    rows = tl.minimum(g, GROUPS - 1) * 16 + tl.arange(0, 16)
+    i = tl.arange(0, BLOCK_D)
+    if not DOT:  # one step of BLOCK_D
+        w = tl.load(transform + rows[:, None] * D_HIDDEN + i[None, :], (i < D_HIDDEN)[None, :], 0)
+    if PDL:
+        gdc_wait()
     if g == GROUPS:
         along = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         shift = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for start in range(0, D_HIDDEN, BLOCK_D):
-            i = start + tl.arange(0, BLOCK_D)
-            h = tl.load(state + i[None, :], here[:, None] & (i < D_HIDDEN)[None, :], 0)
-            along += h.to(tl.float32) * tl.load(exact + i, i < D_HIDDEN, 0)[None, :]
-            shift += h.to(tl.float32) * tl.load(exact + D_HIDDEN + i, i < D_HIDDEN, 0)[None, :]
+            k = start + i
+            h = tl.load(state + k[None, :], here[:, None] & (k < D_HIDDEN)[None, :], 0)
+            along += h.to(tl.float32) * tl.load(exact + k, k < D_HIDDEN, 0)[None, :]
+            shift += h.to(tl.float32) * tl.load(exact + D_HIDDEN + k, k < D_HIDDEN, 0)[None, :]
         a, s = tl.sum(along, 1), tl.sum(shift, 1)
         size = 4e-6 * (tl.abs(s) + tl.abs(a) * reach)
         tl.store(numbers + n * _NUMBERS + _ALONG, a, here)
@@ -318,13 +343,12 @@ def _query_kernel(
             nothing = tl.zeros([BLOCK_N, SUMS], tl.int64)
             tl.store(sums + n[:, None] * SUMS + all_sums[None, :], nothing, here[:, None])
     else:
-        rows = g * 16 + tl.arange(0, 16)
-        place = parts + n * (2 * GROUPS) + g
+        own_part = parts + n * (2 * GROUPS) + g
         if DOT:  # products of 16-bit numbers are exact in float32
             value = tl.zeros([16, BLOCK_N], tl.float32)
             for start in range(0, D_HIDDEN, BLOCK_D):
-                k = start + tl.arange(0, BLOCK_D)
-                w = tl.load(
+                k = start + i
+                t = tl.load(
                     transform + rows[:, None] * D_HIDDEN + k[None, :], (k < D_HIDDEN)[None, :], 0
                 )
                 x = tl.load(
@@ -332,27 +356,28 @@ def _query_kernel(
                     here[None, :] & (k < D_HIDDEN)[:, None],
                     0,
                 )
-                value = tl.dot(w, x, value)
+                value = tl.dot(t, x, value)
             tl.store(coded + n[None, :] * DIMS + rows[:, None], value, here[None, :])
-            tl.store(place, tl.max(tl.abs(value), 0), here)
-            tl.store(place + GROUPS, tl.sum(value * value, 0), here)
+            tl.store(own_part, tl.max(tl.abs(value), 0), here)
+            tl.store(own_part + GROUPS, tl.sum(value * value, 0), here)
         else:
-            product = tl.zeros([BLOCK_N, 16, BLOCK_D], tl.float32)
-            for start in range(0, D_HIDDEN, BLOCK_D):
-                k = start + tl.arange(0, BLOCK_D)
-                h = tl.load(state + k[None, :], here[:, None] & (k < D_HIDDEN)[None, :], 0)
-                w = tl.load(
-                    transform + rows[:, None] * D_HIDDEN + k[None, :], (k < D_HIDDEN)[None, :], 0
+            for m in range(BLOCK_N):
+                number = tl.program_id(1) * BLOCK_N + m
+                x = tl.load(
+                    hidden + number.to(tl.int64) * D_HIDDEN + i, (i < D_HIDDEN) & (number < B), 0
                 )
-                product += h.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
-            summed = tl.sum(product, 2)
-            tl.store(coded + n[:, None] * DIMS + rows[None, :], summed, here[:, None])
-            tl.store(place, tl.max(tl.abs(summed), 1), here)
-            tl.store(place + GROUPS, tl.sum(summed * summed, 1), here)
-    if is_last(counters + 17 * tl.program_id(1), g, GROUPS + 1):
+                summed = tl.sum(x.to(tl.float32)[None, :] * w.to(tl.float32), 1)
+                tl.store(coded + number * DIMS + rows, summed, number < B)
+                tl.store(parts + number * (2 * GROUPS) + g, tl.max(tl.abs(summed), 0), number < B)
+                tl.store(
+                    parts + number * (2 * GROUPS) + GROUPS + g,
+                    tl.sum(summed * summed, 0),
+                    number < B,
+                )
+    if is_last(counters + 17 * tl.program_id(1), g, GROUPS + 1, SHARDS):
         _quantise(
-            coded, parts, n, here, constants, table, query, numbers, z2, segments, D4, D2, DIMS,
-            PACKED, BLOCK_N, BLOCK_G, BLOCK_P, DETERMINISTIC,
+            coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4,
+            D2, DIMS, PACKED, BLOCK_N, BLOCK_G, BLOCK_P, DETERMINISTIC,
         )  # fmt: skip
 
 
