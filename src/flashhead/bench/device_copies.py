@@ -15,13 +15,16 @@ from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.index.kmeans import cluster_members, mean_rows
 from flashhead.nn.head import FlashHead
+from flashhead.nn.tuning import Crossover
 from flashhead.options import ClustersOptions, CodesOptions
 
 PUBLISHED = ClustersOptions(metric="spherical", centroid_dtype="bf16", cluster_size=16)
 PROBES = (256, 512)
 ITERATIONS = 2
 """Of k-means on real rows; more find better clusters, and cost the same to search."""
-SAMPLE_STATES = 64
+
+ALWAYS = Crossover(logits=64, token=64)
+"""The search runs at every batch size, also where the dense product is faster: that is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _heads(
         own = index if number == 0 else _cloned(index)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        heads.append(FlashHead(linear, own, sample=problem.calibration[:SAMPLE_STATES]))
+        heads.append(FlashHead(linear, own, crossover=ALWAYS))
     return heads
 
 

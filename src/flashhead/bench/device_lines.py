@@ -14,6 +14,7 @@ from flashhead.bench.device_timing import Method, copies_needed
 from flashhead.bench.device_verify import Truth
 from flashhead.bench.synthetic import Problem
 from flashhead.index.clusters import ClustersIndex
+from flashhead.nn.device import clusters_token
 from flashhead.nn.head import FlashHead
 from flashhead.options import Sampling
 
@@ -163,6 +164,11 @@ def _token_line(
     steps = torch.arange(len(hidden), device=hidden.device)
 
     def choose(head: FlashHead, part: slice) -> Any:
+        if not certifies:
+            search = head.device_search
+            if search is None:  # without a GPU there is no winner without complete logits
+                return head.search(hidden[part])
+            return clusters_token(search, hidden[part], head.dense_bytes)
         if sampling is None:
             return head.next_token(hidden[part])
         return head.next_token(hidden[part], sampling, steps=steps[part])

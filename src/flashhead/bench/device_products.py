@@ -160,7 +160,7 @@ def _int8(weight: Tensor) -> Iterator[Codes]:
     tensors = int8_codes(weight)
     ways = (
         Way("torch.compile", reduction, {}, (1, 1)),
-        Way("torch.compile, max-autotune", product, {"max_autotune": True}, (2, 2**31)),
+        Way("torch.compile", product, {}, (2, 2**31)),
         Way("_weight_int8pack_mm", operator),
     )
     yield Codes("int8 weight-only", tensors, int8_rows(*tensors), ways)
@@ -192,10 +192,7 @@ def _fp8(weight: Tensor) -> Iterator[Codes]:
             return states.float() * own
 
         rows = codes[:CHECKED_ROWS].float() * first
-        ways = (
-            Way(f"_scaled_mm, {name}, compiled", product, {}),
-            Way(f"_scaled_mm, {name}", product),
-        )
+        ways = (Way(f"_scaled_mm, {name}, compiled", product, {}),)
         yield Codes("fp8", (codes, scales), rows, ways, seen)
 
 

@@ -257,16 +257,31 @@ def logits_output(search: DeviceSearch, hidden: Tensor, index: CodesIndex) -> He
     )
 
 
-def clusters_output(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> HeadOutput:
-    """`HeadOutput` of a clusters index; candidates and bytes are those of full clusters."""
+def clusters_token(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> NextToken:
+    """Greedy tokens of a clusters index, without complete logits; nothing is certified."""
+    tokens, _ = search.clusters(hidden, winner_only=True)
+    counts, read, never = _cluster_counts(search, len(hidden), dense_bytes)
+    return NextToken(tokens, never, never, counts, read)
+
+
+@functools.lru_cache(maxsize=64)
+def _cluster_counts(
+    search: DeviceSearch, n: int, dense_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows scored exactly if all clusters were full, bytes read, and false: of n hidden states."""
     index = search.index
     assert isinstance(index, ClustersIndex)
-    tokens, logits = search.clusters(hidden, winner_only=False)
-    assert logits is not None
     probes = min(index.options.probes, index.centroids.shape[0])
     rows = min(search.weight.shape[0], probes * index.members.shape[1] + len(index.always))
     row_bytes = dense_bytes // search.weight.shape[0]
     read = index.scan_bytes + probes * index.probe_bytes + rows * row_bytes
-    never = torch.zeros(len(hidden), dtype=torch.bool, device=search.device)
-    counts = torch.full((len(hidden),), rows, device=search.device)
-    return HeadOutput(logits, tokens, counts, never, never, torch.full_like(counts, read))
+    counts = torch.full((n,), rows, device=search.device)
+    return counts, torch.full_like(counts, read), torch.zeros_like(counts, dtype=torch.bool)
+
+
+def clusters_output(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> HeadOutput:
+    """`HeadOutput` of a clusters index; candidates and bytes are those of full clusters."""
+    tokens, logits = search.clusters(hidden, winner_only=False)
+    assert logits is not None
+    counts, read, never = _cluster_counts(search, len(hidden), dense_bytes)
+    return HeadOutput(logits, tokens, counts, never, never, read)

@@ -21,6 +21,7 @@ from flashhead.index.codes import CodesIndex
 from flashhead.nn.crossover import find_crossover
 from flashhead.nn.next_token import Context, next_token
 from flashhead.nn.output import HeadOutput, HeadStatistics, LogProbs, NextToken
+from flashhead.nn.tuning import Crossover
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.rescore.api import rescore
 from flashhead.options import Sampling, require_failure_probability
@@ -41,6 +42,7 @@ class FlashHead(nn.Linear):
         impl: "auto", "cpu", "triton" or "reference".
         sample: floating `[n, d]`, hidden states to measure the crossover with, or None for random
             ones.
+        crossover: up to how many rows the search runs; None: measured once and kept.
 
     Raises:
         FlashHeadError: the index is of another shape, or `impl` cannot run here.
@@ -53,6 +55,7 @@ class FlashHead(nn.Linear):
         *,
         impl: str = "auto",
         sample: Tensor | None = None,
+        crossover: Crossover | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -73,7 +76,7 @@ class FlashHead(nn.Linear):
                 )
             self.impl = resolve_impl(impl, self.weight.device)
             self._place()
-            found = find_crossover(self)
+            found = crossover or find_crossover(self)
             self.crossover_rows, self.token_crossover_rows = found.logits, found.token
 
     def _place(self) -> None:

@@ -101,38 +101,38 @@ class Blocks:
     """How the work is cut up. The defaults are for an H100 (docs/log.md).
 
     Args:
-        scan_blocks: blocks of 16 rows a program, one query; 8 warps take 64.
-        scan_group: words whose loads travel together, one query.
-        scan_ready: words that are loaded before the query exists, one query.
+        scan_blocks: blocks of 16 rows a program, one query; a thread has two rows at 4 a warp.
+        scan_group: words a step of the loop, one query.
+        scan_ready: words on their way, the first ones before the query exists, one query.
         scan_warps: of a program, one query.
         batch_from: hidden states from which the tensor cores run.
-        batch_blocks: blocks of 16 rows a tile, several queries.
+        batch_blocks: blocks of 16 rows a tile, several queries: for up to 8, 16, 32.
         batch_words: words a step.
         batch_warps: of a program.
-        batch_programs: programs a multiprocessor.
-        batch_stages: tiles in flight.
+        batch_programs: programs a multiprocessor, for up to 8, 16, 32 queries.
+        batch_stages: tiles in flight, likewise.
         batch_states: hidden states that share one read of the codes, at most.
         select_programs: programs a multiprocessor of the selection.
         share_mass: rows a program of the sums for complete logits.
         rows: rows that are refined together.
-        query_states: hidden states a program of the query kernel.
+        query_bytes: that all programs of the query kernel together may read.
     """
 
-    scan_blocks: int = 32
+    scan_blocks: int = 16
     scan_group: int = 8
     scan_ready: int = 16
     scan_warps: int = 4
     batch_from: int = 2
-    batch_blocks: int = 8
+    batch_blocks: tuple[int, int, int] = (8, 4, 4)
     batch_words: int = 8
     batch_warps: int = 4
-    batch_programs: int = 3
-    batch_stages: int = 2
+    batch_programs: tuple[int, int, int] = (3, 3, 2)
+    batch_stages: tuple[int, int, int] = (3, 2, 2)
     batch_states: int = 32
     select_programs: int = 2
     share_mass: int = 256
     rows: int = 16
-    query_states: int = 8
+    query_bytes: int = 2**25
 
 
 BLOCKS = Blocks()
@@ -247,12 +247,15 @@ class _Call:
 
     def prepare(self, complete: bool = False) -> None:
         """Launch the query kernel."""
-        states = 1 if self.n == 1 else self.blocks.query_states
+        # as few a program as can be, while all programs together read the transform from the L2
+        states, most = 1, self.blocks.query_bytes
+        while states < 8 and -(-self.n // states) * self.index[4].nbytes > most:
+            states *= 2
         dims = self.d4 + self.d2 + self.d1
         segments = sum(size > 0 for size in self.sizes[:3])
         _, _, _, _, transform, exact, constants, table = self.index
         # the tensor cores round float32 operands, so those take the long way
-        dot = states > 1 and (self.hidden.dtype == transform.dtype)
+        dot = states > 2 and self.hidden.dtype == transform.dtype
         block_d = 256 if dot else power_of_two(self.d)
         scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
             self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
@@ -262,7 +265,7 @@ class _Call:
             SUMS=kernels.SUM_SHARDS.value * 4 * CUTS if complete else 0, BLOCK_N=states,
             BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_G=power_of_two(dims // 16),
             BLOCK_P=power_of_two(self.query.shape[1]), DOT=dot, DETERMINISTIC=self.deterministic,
-            PDL=self.pdl, **self.later(16 if self.d > 2048 or states > 1 else 8),
+            PDL=self.pdl, **self.later(16 if self.d > 2048 or states > 2 else 8),
         )  # fmt: skip
 
     def scan(self, bounds: bool) -> None:
@@ -296,13 +299,13 @@ class _Call:
             )  # fmt: skip
             return
         block_n = min(blocks.batch_states, max(8, power_of_two(self.n)))
-        tiles = -(-nblk // blocks.batch_blocks)
-        scan_kernels._scan_batch_kernel[
-            (min(tiles, sms * blocks.batch_programs), -(-self.n // block_n))
-        ](
+        size = (8, 16, 32).index(block_n)
+        own = blocks.batch_blocks[size]
+        tiles, most = -(-nblk // own), sms * blocks.batch_programs[size]
+        scan_kernels._scan_batch_kernel[(min(tiles, most), -(-self.n // block_n))](
             base.view(torch.int8), *arguments, self.query.view(torch.int8), *state, nblk, self.n,
-            **flags, BLOCKS=blocks.batch_blocks, BLOCK_N=block_n, BLOCK_W=blocks.batch_words,
-            BLOCK_D=min(128, self.block_d), STAGES=blocks.batch_stages,
+            **flags, BLOCKS=own, BLOCK_N=block_n, BLOCK_W=blocks.batch_words,
+            BLOCK_D=min(128, self.block_d), STAGES=blocks.batch_stages[size],
             **self.later(blocks.batch_warps, **fusion),
         )  # fmt: skip
 
@@ -336,7 +339,7 @@ class _Call:
         mass = self.blocks.share_mass
         kernels._mass_kernel[(-(-self.vocab_size // mass), self.n)](
             self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
-            SHARE_MASS=mass, BLOCK_V=min(128, mass), **cuts, **self.later(4),
+            SHARE_MASS=mass, BLOCK_V=min(64, mass), **cuts, **self.later(4),
         )  # fmt: skip
         more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, "SHARE": share, **cuts}
         kernels._refine_kernel[grid](

@@ -80,7 +80,8 @@ def _refined(
     listed, count, refine, scale, own, query, V, D4: tl.constexpr, D2: tl.constexpr,
     D1: tl.constexpr, PLANES: tl.constexpr, BLOCK_R: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What all planes add to the estimates of the rows listed, and the last plane's error factors.
+    """What all planes add to the estimates of the rows listed; the last plane's error factors; the
+    squared spreads (but for the floor) at the base and with all planes (but for the factor).
 
     All planes of all rows travel together, as PLANES * BLOCK_R rows, before anything is computed.
     """
@@ -105,16 +106,31 @@ def _refined(
         x1, rs1 = _plane_words(words, keep, W4 + W2, D1), tl.load(scale + S1 * V + rows, keep, 0)
     factor = tl.load(words + ROW - 1, keep, 0).to(tl.float32, bitcast=True)
     added = tl.zeros([PLANES * BLOCK_R], tl.float32)
+    spread = tl.zeros([PLANES * BLOCK_R], tl.float32)
+    fine = tl.zeros([PLANES * BLOCK_R], tl.float32)
     if D4 > 0:
+        square = rs4.to(tl.float32) * rs4.to(tl.float32)
+        spread += square * tl.load(own + _SPREAD)
+        fine += square * tl.load(own + _SPREAD_FINE)
         added += _plane_part(x4, _query_words(query, D4), rs4, own, 0, FAST)
     if D2 > 0:
+        square = rs2.to(tl.float32) * rs2.to(tl.float32)
+        spread += square * tl.load(own + _SPREAD + 1)
+        fine += square * tl.load(own + _SPREAD_FINE + 1)
         added += _plane_part(x2, _query_words(query + P4, D2), rs2, own, 1, FAST)
     if D1 > 0:
+        square = rs1.to(tl.float32) * rs1.to(tl.float32)
+        spread += square * tl.load(own + _SPREAD + 2)
+        fine += square * tl.load(own + _SPREAD_FINE + 2)
         added += _plane_part(x1, _query_words(query + P4 + P2, D1), rs1, own, 2, FAST)
-    factor = tl.where(plane == PLANES - 1, factor, 0.0)
-    added *= tl.where(plane == 0, 0.25, 0.0625)
+    last = plane == PLANES - 1
     shape: tl.constexpr = [PLANES, BLOCK_R]
-    return tl.sum(tl.reshape(added, shape), 0), tl.sum(tl.reshape(factor, shape), 0)
+    return (
+        tl.sum(tl.reshape(added * tl.where(plane == 0, 0.25, 0.0625), shape), 0),
+        tl.sum(tl.reshape(tl.where(last, factor, 0.0), shape), 0),
+        tl.sum(tl.reshape(tl.where(last, spread, 0.0), shape), 0),
+        tl.sum(tl.reshape(tl.where(last, fine, 0.0), shape), 0),
+    )
 
 
 @triton.jit
@@ -245,13 +261,12 @@ def _select_kernel(
             j = start + tl.arange(0, BLOCK_R)
             listed = j < count
             row = tl.load(list_ptr + j, listed, 0)
-            added, factor = _refined(
+            value = tl.load(bounds + n.to(tl.int64) * V + row, listed, float("-inf"))
+            added, factor, base, spread = _refined(
                 list_ptr + start, count - start, refine, scale, own, query + n * STRIDE, V, D4,
                 D2, D1, PLANES, BLOCK_R, FAST,
             )  # fmt: skip
-            value = tl.load(bounds + n.to(tl.int64) * V + row, listed, float("-inf"))
-            value -= tl.sqrt(spread_of(scale, own, row, listed, V, _SPREAD, D4, D2, D1) + floor)
-            spread = spread_of(scale, own, row, listed, V, _SPREAD_FINE, D4, D2, D1)
+            value -= tl.sqrt(base + floor)
             if not DETERMINISTIC:
                 spread *= factor
             can_win = listed & (value + added + tl.sqrt(spread + floor) >= target)
@@ -451,7 +466,7 @@ def _refine_kernel(
         listed = j < count
         row = tl.load(list_ptr + j, listed, 0)
         place = logits + n.to(tl.int64) * V + row
-        added, factor = _refined(
+        added, factor, _base, _fine = _refined(
             list_ptr + start, count - start, refine, scale, own, query + n * STRIDE, V, D4, D2, D1,
             PLANES, BLOCK_R, FAST,
         )  # fmt: skip

@@ -385,71 +385,30 @@ def _query_kernel(
 
 
 @triton.jit
-def _load_words(x_ptr, keep, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT words of all rows of a tile, one tensor each."""
-    words = ()
-    for w in tl.static_range(COUNT):
-        words = words + (tl.load(x_ptr + (FIRST + w) * 16, keep, 0, eviction_policy="evict_first"),)
-    return words
+def _load_word(x_ptr, keep, word):
+    """One word of all rows of a tile."""
+    return tl.load(x_ptr + word * 16, keep, 0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _run_group(
-    x_ptr, keep, ready, q, low, high, READY: tl.constexpr, FIRST: tl.constexpr,
-    START: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    FAST: tl.constexpr,
-):  # fmt: skip
-    """The words of a run from START on, at most GROUP."""
+def _add_two_bits(x, at, low, high, WORDS: tl.constexpr, FAST: tl.constexpr):
+    """Add a two-bit word of the rows to their sums; `at` is its first field in the query."""
     PADDED: tl.constexpr = (WORDS + _PAD - 1) // _PAD * _PAD
-    COUNT: tl.constexpr = min(GROUP, WORDS - START)
-    if FIRST + START + COUNT <= READY:
-        words = ready[FIRST + START : FIRST + START + COUNT]
-    else:
-        words = _load_words(x_ptr, keep, FIRST + START, COUNT)
-    for w in tl.static_range(COUNT):
-        at = q + START + w
-        if WIDTH == 2:
-            low, high = dot_two_bits(
-                words[w],
-                tl.load(at),
-                tl.load(at + PADDED),
-                tl.load(at + 2 * PADDED),
-                tl.load(at + 3 * PADDED),
-                low,
-                high,
-                FAST,
-            )
-        else:
-            low, high = _dot_one_bit(
-                words[w],
-                tl.load(at),
-                tl.load(at + PADDED),
-                tl.load(at + 2 * PADDED),
-                tl.load(at + 3 * PADDED),
-                tl.load(at + 4 * PADDED),
-                tl.load(at + 5 * PADDED),
-                tl.load(at + 6 * PADDED),
-                tl.load(at + 7 * PADDED),
-                low,
-                high,
-                FAST,
-            )
-    return low, high
+    return dot_two_bits(
+        x, tl.load(at), tl.load(at + PADDED), tl.load(at + 2 * PADDED), tl.load(at + 3 * PADDED),
+        low, high, FAST,
+    )  # fmt: skip
 
 
 @triton.jit
-def _run(
-    x_ptr, keep, ready, q, low, high, READY: tl.constexpr, FIRST: tl.constexpr,
-    WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Add a run of words to the sums [blocks, 16]; `ready` holds the first READY words of a row,
-    the others are loaded GROUP at a time.
-    """
-    for start in tl.static_range(0, WORDS, GROUP):
-        low, high = _run_group(
-            x_ptr, keep, ready, q, low, high, READY, FIRST, start, WORDS, WIDTH, GROUP, FAST
-        )
-    return low, high
+def _add_one_bit(x, at, low, high, WORDS: tl.constexpr, FAST: tl.constexpr):
+    """Add a one-bit word of the rows to their sums."""
+    PADDED: tl.constexpr = (WORDS + _PAD - 1) // _PAD * _PAD
+    return _dot_one_bit(
+        x, tl.load(at), tl.load(at + PADDED), tl.load(at + 2 * PADDED), tl.load(at + 3 * PADDED),
+        tl.load(at + 4 * PADDED), tl.load(at + 5 * PADDED), tl.load(at + 6 * PADDED),
+        tl.load(at + 7 * PADDED), low, high, FAST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -504,8 +463,8 @@ def _scan_kernel(
 ):
     """Scan of query program_id(1); a program has a tile of 16 BLOCKS rows.
 
-    A thread has four rows of a block, all their words: nothing is exchanged between threads. The
-    first READY words are on their way before the query is.
+    A thread has two or four rows of a block, all their words: nothing is exchanged between threads.
+    READY words are always on their way, the first ones before the query is.
     """
     tile = tl.program_id(0)
     n = tl.program_id(1)
@@ -514,13 +473,19 @@ def _scan_kernel(
     P2: tl.constexpr = (D2 // 16 + _PAD - 1) // _PAD * _PAD * 4
     P1: tl.constexpr = (D1 // 16 + _PAD - 1) // _PAD * _PAD * 4
     PB: tl.constexpr = (D1 // 32 + _PAD - 1) // _PAD * _PAD * 8
+    FOUR: tl.constexpr = D4 // 16
+    TWO: tl.constexpr = D4 // 8 + D2 // 16
+    ONE: tl.constexpr = D1 // 32
+    AHEAD: tl.constexpr = min(READY, ONE) if ONE > 0 else min(READY, TWO)
     blk = tile * BLOCKS + tl.arange(0, BLOCKS)
     r = tl.arange(0, 16)
     rows = blk[:, None] * 16 + r[None, :]
     inside = rows < V
     x_ptr = base + blk.to(tl.int64)[:, None] * (WORDS * 16) + r[None, :]
     keep = (blk < nblk)[:, None] & (r < 16)[None, :]
-    ready = _load_words(x_ptr, keep, 0, min(READY, WORDS))
+    window = ()
+    for w in tl.static_range(AHEAD):
+        window = window + (_load_word(x_ptr, keep, w),)
     direct = tl.load(direction + rows, inside, 0)
     S2: tl.constexpr = 1 if D4 > 0 else 0
     S1: tl.constexpr = S2 + (1 if D2 > 0 else 0)
@@ -534,29 +499,33 @@ def _scan_kernel(
     q = query + n * (P4 + P2 + P1 + PB)
     estimate = tl.load(own + _ALONG) * direct + tl.load(own + _SHIFT)
     squares = tl.zeros([BLOCKS, 16], tl.float32) + tl.load(own + _FLOOR)
+    low = tl.zeros([BLOCKS, 16], tl.int32)
+    high = tl.zeros([BLOCKS, 16], tl.int32)
+    low2, high2 = low, high
+    for w in tl.static_range(TWO):
+        x = window[0]
+        if w + AHEAD < WORDS:
+            window = window[1:] + (_load_word(x_ptr, keep, w + AHEAD),)
+        else:
+            window = window[1:]
+        if w < FOUR:
+            low, high = _add_two_bits(x, q + w, low, high, FOUR, FAST)
+        elif w < 2 * FOUR:
+            if w == FOUR:
+                low, high = 4 * low, 4 * high
+            low, high = _add_two_bits(x, q + w - FOUR, low, high, FOUR, FAST)
+        else:
+            low2, high2 = _add_two_bits(
+                x, q + P4 + w - 2 * FOUR, low2, high2, D2 // 16, FAST
+            )
     if D4 > 0:
-        low = tl.zeros([BLOCKS, 16], tl.int32)
-        high = tl.zeros([BLOCKS, 16], tl.int32)
-        low, high = _run(
-            x_ptr, keep, ready, q, low, high, min(READY, WORDS), 0, D4 // 16, 2, GROUP, FAST
-        )
-        low, high = _run(
-            x_ptr, keep, ready, q, 4 * low, 4 * high, min(READY, WORDS), D4 // 16, D4 // 16, 2,
-            GROUP, FAST,
-        )  # fmt: skip
         dot = low.to(tl.float32) + high.to(tl.float32) * 0.25
         rs = scale4.to(tl.float32)
         dot -= tl.load(constants + 1) * tl.load(own + _QSUM)
         estimate += rs * (tl.load(own + _MULT) * dot)
         squares += rs * rs * tl.load(own + _SPREAD)
     if D2 > 0:
-        low = tl.zeros([BLOCKS, 16], tl.int32)
-        high = tl.zeros([BLOCKS, 16], tl.int32)
-        low, high = _run(
-            x_ptr, keep, ready, q + P4, low, high, min(READY, WORDS), D4 // 8, D2 // 16, 2,
-            GROUP, FAST,
-        )  # fmt: skip
-        dot = low.to(tl.float32) + high.to(tl.float32) * 0.25
+        dot = low2.to(tl.float32) + high2.to(tl.float32) * 0.25
         rs = scale2.to(tl.float32)
         dot -= tl.load(constants + 8 + 1) * tl.load(own + _QSUM + 1)
         estimate += rs * (tl.load(own + _MULT + 1) * dot)
@@ -564,10 +533,18 @@ def _scan_kernel(
     if D1 > 0:
         low = tl.zeros([BLOCKS, 16], tl.int32)
         high = tl.zeros([BLOCKS, 16], tl.int32)
-        low, high = _run(
-            x_ptr, keep, ready, q + P4 + P2 + P1, low, high, min(READY, WORDS),
-            D4 // 8 + D2 // 16, D1 // 32, 1, GROUP, FAST,
-        )  # fmt: skip
+        one_q = q + P4 + P2 + P1
+        # a loop, as straight code would not fit the instruction cache
+        for start in range(0, ONE // GROUP * GROUP, GROUP):
+            for w in tl.static_range(GROUP):
+                word = TWO + start + w + AHEAD
+                x = window[0]
+                window = window[1:] + (_load_word(x_ptr, keep & (word < WORDS), word),)
+                low, high = _add_one_bit(x, one_q + start + w, low, high, ONE, FAST)
+        for w in tl.static_range(ONE // GROUP * GROUP, ONE):
+            low, high = _add_one_bit(
+                window[w - ONE // GROUP * GROUP], one_q + w, low, high, ONE, FAST
+            )
         dot = low.to(tl.float32) + high.to(tl.float32) * 0.5
         rs = scale1.to(tl.float32)
         dot -= tl.load(constants + 16 + 1) * tl.load(own + _QSUM + 2)
