@@ -64,6 +64,7 @@ class CodesCase:
         dtype: of hidden states and weight.
         bias, noise: whether there is any.
         z: of the certificate, 0: deterministic.
+        blocks: how the work is cut up.
     """
 
     name: str
@@ -74,6 +75,7 @@ class CodesCase:
     bias: bool = False
     noise: bool = False
     z: float = 4.97
+    blocks: codes.Blocks = codes.BLOCKS
 
     def __str__(self) -> str:
         return f"{self.name} n={self.n}"
@@ -104,7 +106,7 @@ class CodesCase:
             new(5, dtype=torch.int64),
             self.z,
             1.0,
-            codes.BLOCKS,
+            self.blocks,
         )
         steps: dict[str, Callable[[], None]] = {
             "query": call.prepare,
@@ -194,6 +196,15 @@ class NoiseCase:
         noise.gumbel(7, new(3, dtype=torch.int64), 1003)
 
 
+def query_case(name: str, head: tuple[int, int, Layout], states: int, **options: Any) -> CodesCase:
+    """The query kernel where a program has several of 8 hidden states, as with wide heads."""
+    _, d, layout = head
+    most = 8 // states * 2 * sum(layout.dims) * d  # bytes of the transform, which is bfloat16
+    blocks = dataclasses.replace(codes.BLOCKS, query_bytes=most)
+    steps = ("query",) if states < 8 else ("query", "query+sums")
+    return CodesCase(f"{name} by {states}", head, 8, steps, blocks=blocks, **options)
+
+
 GREEDY, COMPLETE = ("query", "bounds", "select"), ("query+sums", "estimates", "complete")
 FLOAT32 = {"head": SMALL_ONE_PLANE, "dtype": torch.float32}
 SMALL_CASES = [
@@ -204,6 +215,10 @@ SMALL_CASES = [
     CodesCase("small drawn", SMALL, 1, ("bounds", "select"), noise=True),
     CodesCase("small deterministic", SMALL, 1, (*GREEDY, "complete"), z=0.0),
     CodesCase("small", SMALL, 8, ("query", "bounds", "estimates")),
+    query_case("small", SMALL, 2),
+    query_case("small", SMALL, 4),
+    query_case("small", SMALL, 8),
+    query_case("small float32", SMALL, 8, dtype=torch.float32),
     CodesCase("small drawn", SMALL, 8, ("bounds",), noise=True),
     CodesCase("small biased", SMALL, 16, ("bounds",), bias=True),
     CodesCase("small", SMALL, 32, ("query+sums", "bounds")),
@@ -220,6 +235,8 @@ SMALL_CASES = [
 GEMMA_CASES = [
     CodesCase("gemma", GEMMA, 32, ("query", "bounds")),
     CodesCase("gemma", GEMMA, 16, ("bounds",)),
+    query_case("gemma", GEMMA, 4),
+    query_case("gemma", GEMMA, 8),
     CodesCase("gemma", GEMMA, 8, ("query", "bounds", "estimates")),
     CodesCase("gemma drawn", GEMMA, 8, ("bounds",), noise=True),
     CodesCase("gemma drawn", GEMMA, 1, ("bounds", "select"), noise=True),

@@ -44,18 +44,22 @@ def stages_of(weight, hidden, index):  # type: ignore[no-untyped-def]
 def test_error_model_is_calibrated(bits: float, calibrated: bool) -> None:
     """Catches a wrong error table, a missing rounding term, a rotation that is none, a biased
     plane: sigma must be the real error at every stage, for the winning rows too.
+
+    An index without calibration takes all directions for equally likely, so it is asked about such
+    hidden states. Those of the head share most of their direction, 256 of them are a sample of one:
+    the standard error of the deviation is then 3 % at the last stage, instead of 0.2 %.
     """
     weight, hidden = clustered_head(4096, 192, states=4352)
     options = CodesOptions(bits=bits, planes=2)
     index = build_codes(weight, options, hidden[:4096] if calibrated else None)
     hidden = hidden[4096:]
+    if not calibrated:
+        hidden = 4 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     truth = hidden.double() @ weight.double().T
     winners = truth.argmax(1, keepdim=True)
     for estimates, sigma in stages_of(weight, hidden, index):
         standardised = (estimates - truth) / sigma
         assert 0.95 <= standardised.std() <= 1.1
-        if not calibrated:  # all states share a direction: 256 of them are a sample of one
-            continue
         assert (standardised.abs() > 4).double().mean() < 3e-4  # Gaussian: 6.3e-5
         best = standardised.gather(1, winners)
         assert best.abs().max() < z_score(DELTA, 3)

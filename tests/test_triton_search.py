@@ -1,4 +1,4 @@
-"""The GPU search of a codes index: against the eager reference and float64, interpreted or on a card.
+"""The GPU search of a codes index against the eager reference and float64.
 
 Without a GPU the kernels run in Triton's interpreter, in float32 and float16; with one the same
 tests run compiled, in bfloat16 too.
@@ -27,8 +27,10 @@ from flashhead.options import CodesOptions, Sampling
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-#: rows, dimensions, bits, planes: aligned, odd, with a tail, one segment, all three
-CASES = [(2048, 96, 1.25, 2), (1003, 200, 1.5, 1), (700, 65, 2.5, 2), (515, 48, 1.0, 2)]
+CASES = [(1280, 96, 1.25, 2), (547, 200, 1.5, 1), (333, 65, 2.5, 2), (261, 48, 1.0, 2)]
+"""Rows, dimensions, bits, planes: aligned, with more tiles of the batched scan than programs; three
+segments; two and an odd dimension; one. All but the first have a tail.
+"""
 
 
 @dataclasses.dataclass
@@ -90,16 +92,17 @@ def test_certified_tokens_are_the_float64_winners(case, n):
     assert counted[3] == int(found.candidates.sum())
 
 
-def test_all_batch_sizes_agree(case):
-    """A row's answer does not depend on who else is in the batch."""
-    hidden = case.hidden[:35].contiguous().to(DEVICE)
-    together = case.search.next_token(hidden, 1e-6).tokens
-    alone = [case.search.next_token(hidden[i : i + 1], 1e-6).tokens for i in range(0, 35, 7)]
-    together = together[::7]
+def test_all_batch_sizes_agree(case, monkeypatch):
+    """A row's answer does not depend on who else is in the batch, or on its place there."""
+    blocks = dataclasses.replace(ops.BLOCKS, batch_states=8, query_bytes=0)
+    monkeypatch.setattr(ops, "BLOCKS", blocks)
+    hidden = case.hidden[:11].contiguous().to(DEVICE)  # 8 a program, and a rest that is not full
+    together = case.search.next_token(hidden, 1e-6).tokens[::5]
+    alone = [case.search.next_token(hidden[i : i + 1], 1e-6).tokens for i in range(0, 11, 5)]
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", [1, 2])
 def test_deterministic_bound(case, n):
     hidden = case.hidden[40 : 40 + n].contiguous()
     found = case.search.next_token(hidden.to(DEVICE), 0.0)
@@ -107,7 +110,7 @@ def test_deterministic_bound(case, n):
     assert torch.equal(found.tokens.cpu(), truth(case, hidden).argmax(1))
 
 
-@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("n", [1, 3])
 def test_samples_are_the_perturbed_argmax(case, n):
     """The noise in the kernels is the reference's, so a seed draws the same token everywhere."""
     hidden = case.hidden[:n].contiguous()
@@ -122,7 +125,7 @@ def test_samples_are_the_perturbed_argmax(case, n):
 @pytest.mark.parametrize("n", [1, 8])
 def test_complete_logits(case, n):
     """Winner exact, expected KL within the budget, as many exact logits as candidates claimed."""
-    hidden = case.hidden[60:76].contiguous()
+    hidden = case.hidden[60 : 76 if CUDA else 60 + max(n, 3)].contiguous()
     parts = [case.search.logits(part.to(DEVICE), 1e-6, 1e-3) for part in hidden.split(n)]
     logits = torch.cat([part[0] for part in parts]).cpu()
     candidates = torch.cat([part[1].candidates for part in parts]).cpu()
@@ -139,7 +142,7 @@ def test_complete_logits(case, n):
 
 def test_candidates_are_about_the_references(case):
     """The selection is the reference's but for the pilots: it must not read all rows unnoticed."""
-    hidden = case.hidden[:8].contiguous()
+    hidden = case.hidden[:5].contiguous()
     plan = make_plan(case.reference)
     wanted = cascade_reference.cascade(
         hidden, case.weight, None, case.reference, plan, 1e-6, None, 0.0
@@ -153,10 +156,10 @@ def test_candidates_are_about_the_references(case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_bias(dtype):
-    weight, hidden = clustered_head(900, 64)
-    bias = 3 * torch.randn(900, generator=torch.Generator().manual_seed(1))
+    weight, hidden = clustered_head(500, 64)
+    bias = 3 * torch.randn(500, generator=torch.Generator().manual_seed(1))
     case = make_case(weight.to(dtype), hidden, bias=bias)
-    states = case.hidden[:6].contiguous()
+    states = case.hidden[:4].contiguous()
     exact = truth(case, states) + bias.double()
     found = case.search.next_token(states.to(DEVICE), 1e-6)
     assert bool(found.certified.all())
@@ -166,13 +169,14 @@ def test_dtypes_and_bias(dtype):
     assert torch.equal(logits.argmax(1).cpu(), found.tokens.cpu())
 
 
-def test_query_by_dot_products_equals_the_long_way():
+def test_query_by_dot_products_equals_the_long_way(monkeypatch):
     """16-bit hidden states take the tensor cores: the interpreter sees that path in float32."""
     weight, hidden = clustered_head(600, 80)
     case = make_case(weight.float(), hidden)
     states = hidden[:5].float().contiguous().to(DEVICE)
     codes = case.search.codes
     wide = dataclasses.replace(codes, transform=codes.transform.float())
+    monkeypatch.setattr(ops, "BLOCKS", dataclasses.replace(ops.BLOCKS, query_bytes=0))
     one = ops.scan(states, case.search.weight, None, codes)
     other = ops.scan(states, case.search.weight, None, wide)
     # TF32 on a card rounds the operands: coordinates may move by a step of the query
@@ -203,20 +207,19 @@ def test_not_finite_is_never_certified():
 
 
 def test_everything_forbidden_is_not_certified():
-    weight, hidden = clustered_head(300, 48)
-    case = make_case(weight.float(), hidden, bias=torch.full((300,), -torch.inf))
+    weight, hidden = clustered_head(100, 48)
+    case = make_case(weight.float(), hidden, bias=torch.full((100,), -torch.inf))
     assert not case.search.next_token(hidden[:2].float().to(DEVICE), 1e-6).certified.any()
 
 
 def test_worst_case_reads_every_row():
     """All rows alike: no list overflows, every row is scored exactly, and the answer holds."""
-    weight = torch.ones(520, 48) + 1e-6 * torch.randn(
-        520, 48, generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.randn(280, 48, generator=torch.Generator().manual_seed(0))
+    weight = 1 + 1e-6 * noise
     hidden = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
     case = make_case(weight, hidden, bits=1.0, planes=1)
-    found = case.search.next_token(hidden[:3].contiguous().to(DEVICE), 0.0)
-    exact = truth(case, hidden[:3])
+    found = case.search.next_token(hidden[:2].contiguous().to(DEVICE), 0.0)
+    exact = truth(case, hidden[:2])
     lost = exact.amax(1) - exact.gather(1, found.tokens.cpu()[:, None])[:, 0]
     assert float(lost.max()) <= 1e-5
 
@@ -232,11 +235,11 @@ def test_noise_kernel_is_the_reference_bit_by_bit():
 def heads(monkeypatch):  # type: ignore[no-untyped-def]
     """The same head searched by Triton and by the reference."""
     monkeypatch.setattr("flashhead.nn.head.find_crossover", lambda _: Wide())
-    weight, hidden = clustered_head(800, 64)
+    weight, hidden = clustered_head(400, 64)
     index = build_codes(weight.float(), CodesOptions(), hidden)
 
     def head(device, impl):  # type: ignore[no-untyped-def]
-        linear = torch.nn.Linear(64, 800, bias=False)
+        linear = torch.nn.Linear(64, 400, bias=False)
         linear.weight.data = weight.float()
         return FlashHead(linear.to(device), index, impl=impl)
 
@@ -252,8 +255,8 @@ def test_head_equals_the_reference_head(heads):
     from flashhead.nn.next_token import Context
 
     ours, reference, hidden = heads
-    states = hidden[:6]
-    contexts = [Context(previous=torch.tensor([1, 2, 3])) for _ in range(6)]
+    states = hidden[:4]
+    contexts = [Context(previous=torch.tensor([1, 2, 3])) for _ in states]
     for sampling in (
         Sampling(),
         Sampling(temperature=0.7, seed=5),
@@ -273,8 +276,10 @@ def test_head_equals_the_reference_head(heads):
     assert ours.stats.certified <= ours.stats.rows
 
 
-def test_operators_are_safe_to_compile(case):
+def test_operators_are_safe_to_compile():
     """Fake kernels and mutation of the operators: what torch.compile and graphs rely on."""
+    weight, hidden = clustered_head(200, 48)
+    case = make_case(weight.float(), hidden)
     hidden = case.hidden[:2].contiguous().to(DEVICE)
     codes = case.search.codes
     counters = torch.zeros(ops.COUNTERS, dtype=torch.int32, device=DEVICE)

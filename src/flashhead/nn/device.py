@@ -30,27 +30,27 @@ class DeviceNextToken(NextToken):
         object.__setattr__(self, "answers", answers)
 
     @property
-    def tokens(self) -> Tensor:  # type: ignore[override]
+    def tokens(self) -> Tensor:
         """`int64[n]`, a view."""
         return self.answers[0]
 
     @property
-    def certified(self) -> Tensor:  # type: ignore[override]
+    def certified(self) -> Tensor:
         """`bool[n]`."""
         return self.answers[1] != 0
 
     @property
-    def fallback(self) -> Tensor:  # type: ignore[override]
+    def fallback(self) -> Tensor:
         """`bool[n]`: more than half of the rows were scored exactly."""
         return self.answers[2] != 0
 
     @property
-    def candidates(self) -> Tensor:  # type: ignore[override]
+    def candidates(self) -> Tensor:
         """`int64[n]`, a view."""
         return self.answers[3]
 
     @property
-    def bytes_read(self) -> Tensor:  # type: ignore[override]
+    def bytes_read(self) -> Tensor:
         """`int64[n]`, a view."""
         return self.answers[4]
 

@@ -64,9 +64,8 @@ class DeviceIndex:
     @property
     def tensors(self) -> list[Tensor]:
         """In the order of the operators' `index` argument."""
-        names = ("base", "scale", "direction", "refine", "transform", "exact")
-        names = (*names, "constants", "table")
-        return [getattr(self, name) for name in names]
+        coded = [self.base, self.scale, self.direction, self.refine]
+        return [*coded, self.transform, self.exact, self.constants, self.table]
 
     @property
     def sizes(self) -> list[int]:
