@@ -5,17 +5,18 @@
 Synthetic rows (`flashhead.bench.synthetic`). For every batch size the scan runs with each variant of
 its blocks, then query kernel, selection and complete logits with theirs; the winners are checked
 against the float32 argmax first. CUDA graphs of several calls on rotated copies of the index and
-other hidden states, events around a replay, median. Kernels are compiled by several processes first.
+other hidden states, events around a replay, median. Several processes compile
+the kernels first.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,28 +34,32 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
     """Blocks to try, by the part they change."""
     change = lambda **values: dataclasses.replace(ops.BLOCKS, **values)  # noqa: E731
     shares = [
-        change(select_programs=p, rows=r, share_mass=m) for p, r, m in ((2, 16, 256), (4, 16, 512))
+        change(select_programs=p, rows=r, share_mass=m)
+        for p, r, m in ((1, 16, 256), (2, 16, 256), (4, 16, 512), (2, 32, 512))
     ]
     if batch == 1:
         scans = [
             change(scan_warps=k, scan_blocks=b, scan_group=g, scan_ready=r)
-            for k, b, g, r in ((4, 32, 8, 16), (2, 16, 8, 16), (8, 64, 8, 24))
-        ]
-    elif batch <= 8:
-        scans = [
-            change(batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s)
-            for k, b, p, s in ((4, 8, 3, 2), (4, 8, 3, 3), (4, 4, 4, 2), (4, 4, 5, 3), (8, 8, 2, 3))
-        ]
-    else:
-        scans = [
-            change(
-                batch_warps=k, batch_blocks=b, batch_programs=p, batch_stages=s, batch_states=n
-            )
-            for k, b, p, s, n in (
-                (8, 8, 1, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32), (4, 8, 2, 2, 16),
-                (4, 4, 3, 2, 16), (4, 8, 3, 2, 8),
+            for k, b, g, r in (
+                (4, 16, 8, 16), (4, 32, 8, 16), (2, 16, 8, 16), (8, 32, 8, 16), (4, 16, 8, 8),
             )
         ]  # fmt: skip
+        return {"scan": scans, "share": shares}
+    few = ((4, 8, 3, 2, 8), (4, 8, 3, 3, 8), (4, 4, 4, 2, 8), (4, 4, 5, 3, 8), (8, 8, 2, 3, 8))
+    many = (
+        (8, 8, 1, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32), (4, 4, 3, 2, 16), (4, 8, 2, 2, 16),
+        (4, 8, 3, 2, 8),
+    )  # fmt: skip
+    scans = [
+        change(
+            batch_warps=k,
+            batch_blocks=(b, b, b),
+            batch_programs=(p, p, p),
+            batch_stages=(s, s, s),
+            batch_states=n,
+        )
+        for k, b, p, s, n in (few if batch <= 8 else many)
+    ]
     return {"scan": scans, "share": shares}
 
 
@@ -170,9 +175,9 @@ def main() -> None:
                 us = {k: round(v, 1) for k, v in r["us"].items()}
                 print(batch, part, r["changed"], us, [round(x) for x in r["read"]])
         print(f"{time.time() - started:.0f} s", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"shape": args.shape, "results": results, **provenance()}, file)
+        if args.json:  # after every batch size: an interruption loses the rest only
+            document = {"shape": args.shape, "results": results, **provenance()}
+            Path(args.json).write_text(json.dumps(document))
 
 
 def clone(index: ops.DeviceIndex) -> ops.DeviceIndex:

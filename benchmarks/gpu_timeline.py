@@ -1,6 +1,6 @@
 """When do the kernels of one search run? Start and length of each, from the profiler, in a graph.
 
-    python benchmarks/gpu_timeline.py --shape gemma-3-270m --batches 1,8
+python benchmarks/gpu_timeline.py --shape gemma-3-270m --batches 1,8
 """
 
 import argparse
@@ -21,7 +21,11 @@ def main() -> None:
     args = parser.parse_args()
     batches = [int(b) for b in args.batches.split(",")]
     problem = make_problem(
-        args.shape, shape_of(args.shape), states=CALLS * max(batches), calibration=2048, device="cuda"
+        args.shape,
+        shape_of(args.shape),
+        states=CALLS * max(batches),
+        calibration=2048,
+        device="cuda",
     )
     index = ops.device_index(
         build_codes(problem.weight, CodesOptions(), problem.calibration), problem.weight.device
@@ -43,7 +47,9 @@ def main() -> None:
                     launch(call)
             graph.replay()
             torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
                 graph.replay()
                 torch.cuda.synchronize()
             events = sorted(profile.events(), key=lambda event: event.time_range.start)

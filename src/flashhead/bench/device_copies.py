@@ -72,7 +72,7 @@ def codes_rotation(
         "index_bytes": sum(tensor.nbytes for tensor in index.tensors().values()),
     }
     seconds = time.perf_counter() - started
-    heads = _heads(problem, weights, index, l2_bytes)
+    heads = _heads(weights, index, l2_bytes)
     return Rotation(heads, index, seconds, notes)
 
 
@@ -98,7 +98,7 @@ def clusters_rotations(problem: Problem, weights: Weights, l2_bytes: int) -> dic
     found = {}
     for probes in PROBES:
         own = dataclasses.replace(index, options=dataclasses.replace(options, probes=probes))
-        heads = _heads(problem, weights, own, l2_bytes)
+        heads = _heads(weights, own, l2_bytes)
         found[probes] = Rotation(heads, own, seconds, notes)
     return found
 
@@ -117,9 +117,7 @@ def _random_clusters(weight: Tensor, options: ClustersOptions) -> ClustersIndex:
     return store_clusters(fitted, options)
 
 
-def _heads(
-    problem: Problem, weights: Weights, index: CodesIndex | ClustersIndex, l2_bytes: int
-) -> list[FlashHead]:
+def _heads(weights: Weights, index: CodesIndex | ClustersIndex, l2_bytes: int) -> list[FlashHead]:
     heads = []
     for number, weight in enumerate(weights.get(copies_needed(index.scan_bytes, l2_bytes))):
         own = index if number == 0 else _cloned(index)

@@ -9,7 +9,7 @@ the bandwidth of a large copy measured in the same run; hidden states of a batch
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ LEAST_STATES = 256
 LEAST_TURNS = 4
 """Batches of other hidden states that the calls of a graph take in turn."""
 QUANTISED = ("int8", "fp8", "int4")
+_STARTED = time.monotonic()
 
 
 def states_needed(batches: Sequence[int]) -> int:
@@ -50,6 +51,7 @@ def bench_device(
     repeats: int = 200,
     skip: Sequence[str] = (),
     options: CodesOptions | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Verify and time all methods on a head.
 
@@ -59,6 +61,8 @@ def bench_device(
         repeats: replays a method and batch size.
         skip: of `bench.shapes.DEVICE_METHODS`.
         options: of the codes index.
+        save: called with the document after every batch size, so that an interruption loses the
+            rest only.
 
     Returns:
         JSON document with a row for every batch size and method.
@@ -80,15 +84,18 @@ def bench_device(
         lines, missing = _verified(bench, batch)
         left_out += missing
         rows += _timed(bench, lines, batch, repeats, bandwidth)
-    return {
-        **_described(bench),
-        "repeats": repeats,
-        "copy_gb_per_sec": bandwidth / 1e9,
-        "rows": rows,
-        "left_out": left_out,
-        **provenance(),
-        "seconds": time.perf_counter() - started,
-    }
+        document = {
+            **_described(bench),
+            "repeats": repeats,
+            "copy_gb_per_sec": bandwidth / 1e9,
+            "rows": rows,
+            "left_out": left_out,
+            **provenance(),
+            "seconds": time.perf_counter() - started,
+        }
+        if save is not None:
+            save(document)
+    return document
 
 
 def _described(bench: Bench) -> dict[str, Any]:
@@ -130,9 +137,8 @@ def _prepare(problem: Problem, skip: Sequence[str], options: CodesOptions) -> Be
         _say("building the codes index")
         codes = device_copies.codes_rotation(problem, weights, options, l2_bytes)
         _say(f"built in {codes.seconds:.1f} s; noise of the reference")
-        steps = torch.arange(len(problem.hidden))
+        steps = torch.arange(len(problem.hidden), device=problem.weight.device)
         noise = device_verify.reference_noise(SAMPLING.seed, steps, len(problem.weight))
-        noise = noise.to(problem.weight.device)
     if "clusters" not in skip:
         _say("building the published clusters")
         clusters = device_copies.clusters_rotations(problem, weights, l2_bytes)
@@ -185,4 +191,4 @@ def _notes(rotation: Rotation | None) -> dict[str, Any] | None:
 
 
 def _say(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+    print(f"  {time.monotonic() - _STARTED:6.1f} s  {line}", file=sys.stderr, flush=True)

@@ -40,10 +40,13 @@ def truth_of(hidden: Tensor, weight: Tensor) -> Truth:
 
 
 def reference_noise(seed: int, steps: Tensor, rows: int) -> Tensor:
-    """Gumbel noise as `ops/noise` specifies it, made on the CPU: `float32[n, rows]`."""
+    """Gumbel noise as `ops/noise` specifies it, by the eager reference: `float32[n, rows]`.
+
+    On the device of `steps`: its operations round the same everywhere, and a CPU takes minutes.
+    """
     from flashhead.ops.noise.api import gumbel
 
-    parts = steps.cpu().split(_NOISE_STEPS)
+    parts = steps.split(_NOISE_STEPS)
     return torch.cat([gumbel(seed, part, rows, impl="reference") for part in parts])
 
 

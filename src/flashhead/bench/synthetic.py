@@ -21,8 +21,8 @@ from flashhead.bench.shapes import SHAPES
 from flashhead.errors import FlashHeadError
 
 DECAYS = ((640, 1.2), (1024, 1.2), (1152, 1.45), (2048, 1.35), (3072, 1.4))
-"""Decay of the spectrum from so many dimensions on. At these about as many rows survive the scan as on
-real heads: mean 1,400, median 300, 90 % below 3,000 (Gemma-3-270M, Qwen2.5-Coder-0.5B, wikitext)."""
+"""Decay of the spectrum from so many dimensions on. At these about as many rows survive the scan as
+on real heads: mean 1,400, median 300, 90 % below 3,000 (Gemma-3-270M, Qwen2.5-Coder-0.5B)."""
 LOGIT_SPREAD = 3.0
 MEAN_SHARE = 0.3
 CLUSTER_ROWS, SHARED = 64, 0.4

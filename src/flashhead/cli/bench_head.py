@@ -5,6 +5,7 @@ of a file or of a shape (`bench/device_head.py`), and `--from` draws what that m
 """
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def _on_cuda(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats,
         skip=args.skip,
         options=options,
+        save=None if args.out is None else functools.partial(write_document, args.out),
     )
     print(format_device_table(document))
     return document

@@ -113,9 +113,7 @@ class ClustersIndex:
 
     def to(self, device: torch.device) -> "ClustersIndex":
         """The index on a device; itself if it is there."""
-        moved: dict[str, Any] = {
-            name: tensor.to(device) for name, tensor in self.tensors().items()
-        }
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return self if self.device == device else dataclasses.replace(self, **moved)
 
     def metadata(self) -> dict[str, Any]:

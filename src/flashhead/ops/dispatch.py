@@ -60,3 +60,12 @@ def _auto(device: str) -> str:
         "impl='auto' chose 'reference' (slow): pip install 'flashhead[cpu]' for the kernels"
     )
     return "reference"
+
+
+def require_host_impl(impl: str) -> None:
+    """Raise FlashHeadError unless an operation of its own runs as `impl`: "cpu" or "reference".
+
+    On a GPU whole searches are operators (`ops.cascade.triton`), not their parts.
+    """
+    if impl not in ("cpu", "reference"):
+        raise FlashHeadError(f"impl={impl!r}: this operation runs as 'cpu' or 'reference'")

@@ -32,6 +32,7 @@ import dataclasses
 from torch import Tensor
 
 from flashhead.index.codes import CodesIndex
+from flashhead.ops.dispatch import require_host_impl
 from flashhead.ops.scan.query import CodesPlan
 
 PILOTS = 32
@@ -98,6 +99,7 @@ def cascade(
         margin: nats below the winner down to which all rows are to be known exactly.
     """
     arguments = (hidden, weight, bias, index, plan, failure_probability, kl_budget, margin)
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.cascade import cpu
 

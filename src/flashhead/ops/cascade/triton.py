@@ -258,8 +258,9 @@ class _Call:
         block_d = 256 if dot else power_of_two(self.d)
         scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
             self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
-            self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read, self.sums, self.n,
-            1.0 if self.deterministic else self.z**2, float(segments), self.reach, self.d4, self.d2,
+            self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read,
+            self.sums, self.n, 1.0 if self.deterministic else self.z**2, float(segments),
+            self.reach, self.d4, self.d2,
             D_HIDDEN=self.d, DIMS=dims, PACKED=self.query.shape[1],
             SUMS=kernels.SUM_SHARDS.value * 4 * CUTS if complete else 0, BLOCK_N=states,
             BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_G=power_of_two(dims // 16),
@@ -317,9 +318,10 @@ class _Call:
         kernels._select_kernel[(self.programs, self.n)](
             self.scores, self.hidden, self.weight, *self.bias_arguments(), *self.noise_arguments(),
             refine, scale, self.query, self.numbers, lists, self.pilots, self.winners,
-            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals, self.vocab_size,
-            *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes, SHARE=self.share, BLOCK_V=min(2048, self.share),
-            BLOCK_R=self.blocks.rows, BLOCK_D=power_of_two(self.d), HAS_BIAS=self.bias is not None,
+            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals,
+            self.vocab_size, *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes,
+            SHARE=self.share, BLOCK_V=min(2048, self.share), BLOCK_R=self.blocks.rows,
+            BLOCK_D=power_of_two(self.d), HAS_BIAS=self.bias is not None,
             HAS_NOISE=bool(self.noise), DETERMINISTIC=self.deterministic, FAST=self.fast,
             PDL=self.pdl, **self.later(4, enable_fp_fusion=not self.noise),
         )  # fmt: skip

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
+from flashhead.ops.dispatch import require_host_impl
 
 SMALLEST_GUMBEL, LARGEST_GUMBEL = -3.81, 45.06
 """No noise is outside: x is a multiple of 2^-65 between 2^-65 and 1 - 2^-65."""
@@ -47,7 +48,7 @@ def gumbel(seed: int, steps: Tensor, vocab_size: int, *, impl: str) -> Tensor:
         seed: 0 to 2^64 - 1.
         steps: `int64[n]`, 0 or more, in any order.
         vocab_size: rows.
-        impl: "cpu" or "reference".
+        impl: "cpu", "triton" or "reference".
 
     Returns:
         `float32[n, vocab_size]`; a row of it depends on its step only.
@@ -62,6 +63,11 @@ def gumbel(seed: int, steps: Tensor, vocab_size: int, *, impl: str) -> Tensor:
         from flashhead.ops.noise import cpu
 
         return cpu.gumbel(seed, steps, vocab_size)
+    if impl == "triton":
+        from flashhead.ops.noise import triton
+
+        return triton.gumbel(seed, steps, vocab_size)
+    require_host_impl(impl)
     from flashhead.ops.noise import reference
 
     return reference.gumbel(seed, steps, vocab_size)
@@ -84,6 +90,7 @@ def gumbel_at(seed: int, step: int, rows: Tensor, *, impl: str) -> Tensor:
     """
     _check(seed, torch.tensor([step], dtype=torch.int64))
     _check_rows(rows)
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.noise import cpu
 
@@ -123,6 +130,7 @@ def add_gumbel(
         raise FlashHeadError(f"estimates is {got}: wanted contiguous float32 [{n}, V] and [{n}]")
     if not bool((temperatures >= 0).all()):
         raise FlashHeadError(f"temperatures={temperatures.tolist()}: wanted 0 or more")
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.noise import cpu
 
@@ -175,6 +183,7 @@ def draw(
         _check_rows(rows)
         if rows.shape != logits.shape:
             raise FlashHeadError(f"rows is {len(rows)} rows: wanted {len(logits)}, one a logit")
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.noise import cpu
 

@@ -86,8 +86,8 @@ def _noise(seed: int, steps: Tensor, rows: Tensor) -> Tensor:
 
 
 def gumbel(seed: int, steps: Tensor, vocab_size: int) -> Tensor:
-    """Noise of all rows at some steps: float32[n, V]."""
-    return _noise(seed, steps[:, None], torch.arange(vocab_size)[None])
+    """Noise of all rows at some steps, on the device of `steps`: float32[n, V]."""
+    return _noise(seed, steps[:, None], torch.arange(vocab_size, device=steps.device)[None])
 
 
 def gumbel_at(seed: int, step: int, rows: Tensor) -> Tensor:

@@ -9,9 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashhead.ops.noise.reference import KEY_STEPS, LN2_HIGH, LN2_LOW, LOG_TERMS, MULTIPLIERS
+from flashhead.ops.noise.reference import (
+    KEY_STEPS,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG_TERMS,
+    MULTIPLIERS,
+    ROUNDS,
+    SQRT_HALF_BITS,
+)
 from flashhead.ops.noise.reference import MASK as WORD_MASK
-from flashhead.ops.noise.reference import ROUNDS, SQRT_HALF_BITS
 
 _A, _B = (tl.constexpr(word) for word in MULTIPLIERS)
 _KEY_A, _KEY_B = (tl.constexpr(word) for word in KEY_STEPS)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from flashhead.index.codes import CodesIndex
+from flashhead.ops.dispatch import require_host_impl
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
 
@@ -32,6 +33,7 @@ def refine(
     Returns:
         `float32[k]`.
     """
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.refine import cpu
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from flashhead.ops.dispatch import require_host_impl
+
 
 def rescore(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *, impl: str
@@ -18,6 +20,7 @@ def rescore(
     Returns:
         `float32[k]`, accumulated in float32.
     """
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.rescore import cpu
 

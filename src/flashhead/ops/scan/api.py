@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from flashhead.index.codes import CodesIndex
+from flashhead.ops.dispatch import require_host_impl
 from flashhead.ops.scan import reference
 from flashhead.ops.scan.query import CodesPlan, CodesQuery
 
@@ -26,6 +27,7 @@ def scan(
     Returns:
         `float32[n, V]`.
     """
+    require_host_impl(impl)
     if impl == "cpu":
         from flashhead.ops.scan import cpu
 

@@ -70,7 +70,7 @@ def row_of(pack):
 
 @triton.jit
 def _bytes_dot(x, q, acc):
-    """acc + the four products of signed bytes, in plain Triton."""
+    """Acc + the four products of signed bytes, in plain Triton."""
     for j in tl.static_range(4):
         acc += ((x << (24 - 8 * j)) >> 24) * ((q << (24 - 8 * j)) >> 24)
     return acc
@@ -515,9 +515,7 @@ def _scan_kernel(
                 low, high = 4 * low, 4 * high
             low, high = _add_two_bits(x, q + w - FOUR, low, high, FOUR, FAST)
         else:
-            low2, high2 = _add_two_bits(
-                x, q + P4 + w - 2 * FOUR, low2, high2, D2 // 16, FAST
-            )
+            low2, high2 = _add_two_bits(x, q + P4 + w - 2 * FOUR, low2, high2, D2 // 16, FAST)
     if D4 > 0:
         dot = low.to(tl.float32) + high.to(tl.float32) * 0.25
         rs = scale4.to(tl.float32)
