@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_blocks.py --shape gemma-3-270m --batches 1,8,32 --json out.json
 
-Synthetic rows (`flashhead.bench.synthetic`). For every batch size the scan runs with each variant of
+Synthetic rows (`flashhead.bench.synthetic`). For each batch size the scan runs with all variants of
 its blocks, then query kernel, selection and complete logits with theirs; the winners are checked
 against the float32 argmax first. CUDA graphs of several calls on rotated copies of the index and
 other hidden states, events around a replay, median. Several processes compile

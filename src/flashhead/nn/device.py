@@ -4,7 +4,7 @@ What `next_token` returns there (`DeviceNextToken`) is one tensor; its fields ar
 when they are looked at. Counters of the head are kept on the device and read when `head.stats` is.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from flashhead.nn.output import HeadOutput, NextToken
 from flashhead.ops.cascade import triton as ops
 
 TOTALS = 5
+MOST_CONSTANTS = 1024
+"""Small tensors that are kept, of one value each."""
 
 
 class DeviceNextToken(NextToken):
@@ -79,6 +81,7 @@ class DeviceSearch:
         self.graphs = GraphCache()
         self.totals = torch.zeros(TOTALS, dtype=torch.int64, device=self.device)
         self._counters_of: dict[int, Tensor] = {}
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
         ops.check(self.weight)
         self.index = index
         if isinstance(index, CodesIndex):
@@ -232,19 +235,43 @@ class DeviceSearch:
             self._counters_of[stream] = self._new_counters()
         return self._counters_of[stream]
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (a head lives as long as its model)
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made once and never changed: a graph copies it once."""
+        if key not in self._constants:
+            if len(self._constants) >= MOST_CONSTANTS:
+                self._constants.clear()
+            self._constants[key] = make()
+        return self._constants[key]
+
     def _counting(self, n: int) -> Tensor:
-        return torch.arange(n, device=self.device)
+        return self._kept(("steps", n), lambda: torch.arange(n, device=self.device))
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _temperature(self, n: int, temperature: float) -> Tensor:
-        return torch.full((n,), temperature, device=self.device)
+        key = ("temperature", n, temperature)
+        return self._kept(key, lambda: torch.full((n,), temperature, device=self.device))
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _seed(self, n: int, seed: int) -> Tensor:
         from flashhead.ops.noise.triton import signed
 
-        return torch.full((n,), signed(seed), dtype=torch.int64, device=self.device)
+        return self._kept(
+            ("seed", n, seed),
+            lambda: torch.full((n,), signed(seed), dtype=torch.int64, device=self.device),
+        )
+
+    def cluster_counts(self, n: int, dense_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows scored exactly if all clusters were full, bytes read, and false: of n states."""
+        index = self.index
+        assert isinstance(index, ClustersIndex)
+        probes = min(index.options.probes, index.centroids.shape[0])
+        rows = min(self.weight.shape[0], probes * index.members.shape[1] + len(index.always))
+        row_bytes = dense_bytes // self.weight.shape[0]
+        read = index.scan_bytes + probes * index.probe_bytes + rows * row_bytes
+        device = self.device
+        return (
+            self._kept(("rows", n), lambda: torch.full((n,), rows, device=device)),
+            self._kept(("read", n, read), lambda: torch.full((n,), read, device=device)),
+            self._kept(("never", n), lambda: torch.zeros(n, dtype=torch.bool, device=device)),
+        )
 
 
 def logits_output(search: DeviceSearch, hidden: Tensor, index: CodesIndex) -> HeadOutput:
@@ -260,28 +287,13 @@ def logits_output(search: DeviceSearch, hidden: Tensor, index: CodesIndex) -> He
 def clusters_token(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> NextToken:
     """Greedy tokens of a clusters index, without complete logits; nothing is certified."""
     tokens, _ = search.clusters(hidden, winner_only=True)
-    counts, read, never = _cluster_counts(search, len(hidden), dense_bytes)
+    counts, read, never = search.cluster_counts(len(hidden), dense_bytes)
     return NextToken(tokens, never, never, counts, read)
-
-
-@functools.lru_cache(maxsize=64)
-def _cluster_counts(
-    search: DeviceSearch, n: int, dense_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows scored exactly if all clusters were full, bytes read, and false: of n hidden states."""
-    index = search.index
-    assert isinstance(index, ClustersIndex)
-    probes = min(index.options.probes, index.centroids.shape[0])
-    rows = min(search.weight.shape[0], probes * index.members.shape[1] + len(index.always))
-    row_bytes = dense_bytes // search.weight.shape[0]
-    read = index.scan_bytes + probes * index.probe_bytes + rows * row_bytes
-    counts = torch.full((n,), rows, device=search.device)
-    return counts, torch.full_like(counts, read), torch.zeros_like(counts, dtype=torch.bool)
 
 
 def clusters_output(search: DeviceSearch, hidden: Tensor, dense_bytes: int) -> HeadOutput:
     """`HeadOutput` of a clusters index; candidates and bytes are those of full clusters."""
     tokens, logits = search.clusters(hidden, winner_only=False)
     assert logits is not None
-    counts, read, never = _cluster_counts(search, len(hidden), dense_bytes)
+    counts, read, never = search.cluster_counts(len(hidden), dense_bytes)
     return HeadOutput(logits, tokens, counts, never, never, read)

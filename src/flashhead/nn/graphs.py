@@ -34,6 +34,9 @@ class GraphCache:
         self._pools: dict[int, Any] = {}
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphCache":  # a copy has its own tensors
+        return GraphCache()
+
     def __len__(self) -> int:
         return len(self._entries)
 

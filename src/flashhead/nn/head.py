@@ -169,8 +169,11 @@ class FlashHead(nn.Linear):
         it draws from the softmax of these logits (`nn/sampling.py` says what is exact for each
         feature). What the search cannot certify is completed by the dense product.
 
+        On a GPU the answer stays on the device and nothing waits for it: a hidden state that is not
+        finite, or for which every token is forbidden, is then not certified instead of an error.
+
         Args:
-            hidden: floating `[n, d]`, finite.
+            hidden: floating `[n, d]`, finite, on the head's device.
             sampling: how a token is chosen; None: greedy.
             steps: `int64[n]`, number of each draw: equal seeds and steps give equal tokens,
                 whatever the batch; None: 0, 1, ....
@@ -184,6 +187,9 @@ class FlashHead(nn.Linear):
         self._require_hidden(hidden)
         require_failure_probability(failure_probability)
         sampling = sampling or _GREEDY
+        if steps is not None and (steps.dtype != torch.int64 or steps.shape != (len(hidden),)):
+            got = f"{steps.dtype} {list(steps.shape)}"
+            raise FlashHeadError(f"steps is {got}: wanted int64 [{len(hidden)}]")
         search = self.device_search
         if search is not None and self._draws_on_device(sampling, contexts) and len(hidden):
             if not torch.compiler.is_compiling():
@@ -204,9 +210,6 @@ class FlashHead(nn.Linear):
         failure_probability: float,
     ) -> NextToken:
         steps = torch.arange(len(hidden)) if steps is None else steps.cpu()
-        if steps.dtype != torch.int64 or steps.shape != (len(hidden),):
-            got = f"{steps.dtype} {list(steps.shape)}"
-            raise FlashHeadError(f"steps is {got}: wanted int64 [{len(hidden)}]")
         if contexts is not None and len(contexts) != len(hidden):
             raise FlashHeadError(f"{len(contexts)} contexts: wanted {len(hidden)}, one a row")
         if not len(hidden):
@@ -342,7 +345,11 @@ class FlashHead(nn.Linear):
             raise FlashHeadError(
                 f"hidden has shape {list(hidden.shape)}, wanted [n, {self.in_features}]"
             )
-        if self.device_search is None and not _is_finite(hidden):
+        if self.device_search is not None:
+            if hidden.device != self.weight.device:
+                got, wanted = hidden.device, self.weight.device
+                raise FlashHeadError(f"hidden is on {str(got)!r}, wanted {str(wanted)!r}")
+        elif not _is_finite(hidden):
             raise FlashHeadError("hidden holds NaN or infinity: no token can be searched for")
 
     def _require_unchanged(self) -> None:

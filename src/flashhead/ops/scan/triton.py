@@ -70,7 +70,7 @@ def row_of(pack):
 
 @triton.jit
 def _bytes_dot(x, q, acc):
-    """Acc + the four products of signed bytes, in plain Triton."""
+    """The sum and the four products of signed bytes, in plain Triton."""
     for j in tl.static_range(4):
         acc += ((x << (24 - 8 * j)) >> 24) * ((q << (24 - 8 * j)) >> 24)
     return acc
