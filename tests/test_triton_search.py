@@ -172,7 +172,7 @@ def test_dtypes_and_bias(dtype):
 
 def test_query_by_dot_products_equals_the_long_way(monkeypatch):
     """16-bit hidden states take the tensor cores: the interpreter sees that path in float32."""
-    weight, hidden = clustered_head(600, 80)
+    weight, hidden = clustered_head(320, 300)  # two steps of 256, the second not full
     case = make_case(weight.float(), hidden)
     states = hidden[:5].float().contiguous().to(DEVICE)
     codes = case.search.codes
@@ -194,6 +194,19 @@ def test_equal_rows_give_the_lowest():
     case = make_case(weight, hidden)
     found = case.search.next_token(hidden[:4].contiguous().to(DEVICE), 1e-6)
     assert int(found.tokens[0]) == min(3, int(top[0]))
+
+
+def test_winners_in_the_last_rows():
+    """A tail that is scanned but not selected from."""
+    weight, hidden = clustered_head(261, 48)
+    winners = (hidden[:8].double() @ weight.double().T).argmax(1).unique()
+    others = torch.ones(261, dtype=torch.bool).index_fill(0, winners, False)
+    weight = torch.cat([weight[others], weight[winners]]).float()
+    case = make_case(weight, hidden, bits=1.0, planes=1)
+    found = case.search.next_token(hidden[:8].to(DEVICE), 1e-6)
+    assert torch.equal(found.tokens.cpu(), truth(case, hidden[:8]).argmax(1))
+    pilots = 0x7FFFFFFF - (found.answers[7] & 0x7FFFFFFF)
+    assert bool((pilots != found.tokens).any())  # else the selection has nothing to find
 
 
 def test_not_finite_is_never_certified():
