@@ -13,9 +13,10 @@ from flashhead.ops.cascade import triton_kernels
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
-from flashhead.ops.scan import triton as scan
+from flashhead.ops.scan import triton as scan_one
+from flashhead.ops.scan import triton_batch, triton_query
 
-MODULES = (noise, scan, triton_kernels, probe, triton_search)
+MODULES = (noise, scan_one, triton_batch, triton_query, triton_kernels, probe, triton_search)
 CAPABILITIES = ("80", "89", "90", "100")
 
 

@@ -93,6 +93,15 @@ def test_second_attach_does_not_measure(tiny_model, file, measured, caplog):
     assert [entry.crossover for entry in read_entries()] == [Crossover(4, 8)]
 
 
+def test_a_lost_crossover_is_not_kept_at_attach(file, measured, monkeypatch):
+    """A busy moment must not switch the search off for good: the next attach measures again."""
+    monkeypatch.setattr(crossover, "crossover_of", lambda _: tuning.Crossover(logits=0, token=0))
+    assert codes_head().crossover_rows == 0
+    assert codes_head().crossover_rows == 0
+    assert len(measured) == 2
+    assert not file.exists()
+
+
 def test_cache_can_be_switched_off(file, measured, monkeypatch):
     """Catches a test, or a user who said no, that writes to the cache or believes it."""
     store_entry(Entry(key_of(codes_head()), Crossover(64, 64), 9))

@@ -72,11 +72,13 @@ class Timing:
 
 
 def find_crossover(head: "FlashHead") -> Crossover:
-    """Crossover of a head with an index: from `tune.json`, else measured now and kept there."""
+    """Crossover of a head with an index: from `tune.json`, else measured now and kept there, unless
+    the search lost: `flashhead tune` keeps that too.
+    """
     entry = _kept(head) if cache_is_on() else None
     if entry is None:
         crossover, source = crossover_of(time_rows(head, ATTACH_PAIRS)), "measured"
-        if cache_is_on():
+        if cache_is_on() and crossover.logits > 0:  # "never" may be a busy moment: measure again
             _keep(Entry(key_of(head), crossover, ATTACH_PAIRS))
     else:
         crossover, source = entry.crossover, "from tune.json"

@@ -19,7 +19,8 @@ from flashhead.errors import FlashHeadError
 from flashhead.index.bound import z_score
 from flashhead.index.codes import BLOCK_ROWS, CodesIndex
 from flashhead.ops.cascade import triton_kernels as kernels
-from flashhead.ops.scan import triton as scan_kernels
+from flashhead.ops.scan import triton as scan_one
+from flashhead.ops.scan import triton_batch, triton_query
 from flashhead.ops.scan.layout import NUMBERS, Layout, constants_of, make_layout, pack_table
 
 CUTS, CUTS_A_NAT = 64, 2.5
@@ -256,7 +257,7 @@ class _Call:
         # the tensor cores round float32 operands, so those take the long way
         dot = states > 2 and self.hidden.dtype == transform.dtype
         block_d = 256 if dot else power_of_two(self.d)
-        scan_kernels._query_kernel[(dims // 16 + 1, -(-self.n // states))](
+        triton_query._query_kernel[(dims // 16 + 1, -(-self.n // states))](
             self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
             self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read,
             self.sums, self.n, 1.0 if self.deterministic else self.z**2, float(segments),
@@ -292,7 +293,7 @@ class _Call:
         if self.n < blocks.batch_from:
             # a thread has four rows: no more threads than that
             tile = max(1, min(blocks.scan_blocks, power_of_two(nblk)))
-            scan_kernels._scan_kernel[(-(-nblk // tile), self.n)](
+            scan_one._scan_kernel[(-(-nblk // tile), self.n)](
                 base, *arguments, self.query, *state, nblk, **flags, BLOCKS=tile,
                 GROUP=blocks.scan_group, READY=blocks.scan_ready, BLOCK_D=self.block_d,
                 **self.later(blocks.scan_warps, **fusion),
@@ -302,7 +303,7 @@ class _Call:
         size = (8, 16, 32).index(block_n)
         own = blocks.batch_blocks[size]
         tiles, most = -(-nblk // own), sms * blocks.batch_programs[size]
-        scan_kernels._scan_batch_kernel[(min(tiles, most), -(-self.n // block_n))](
+        triton_batch._scan_batch_kernel[(min(tiles, most), -(-self.n // block_n))](
             base.view(torch.int8), *arguments, self.query.view(torch.int8), *state, nblk, self.n,
             **flags, BLOCKS=own, BLOCK_N=block_n, BLOCK_W=blocks.batch_words,
             BLOCK_D=min(128, self.block_d), STAGES=blocks.batch_stages[size],

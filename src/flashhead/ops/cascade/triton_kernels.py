@@ -16,9 +16,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashhead.ops.noise.triton import gumbel_at
-from flashhead.ops.scan import layout
-from flashhead.ops.scan.triton import (
+from flashhead.ops.scan.triton_parts import (
     EMPTY,
+    FLOOR,
+    MULT,
+    NUMBERS,
+    PAD,
+    QSUM,
+    SPREAD,
+    SPREAD_FINE,
+    VARIANCE,
+    VARIANCE_FINE,
     dot_two_bits,
     exact_dot,
     is_last,
@@ -29,13 +37,6 @@ from flashhead.ops.scan.triton import (
     unordered,
 )
 
-_PAD = tl.constexpr(layout.FIELD_WORDS)
-_NUMBERS = tl.constexpr(layout.NUMBERS)
-_MULT, _QSUM = tl.constexpr(layout.NUMBER_MULT), tl.constexpr(layout.NUMBER_QSUM)
-_FLOOR = tl.constexpr(layout.NUMBER_FLOOR)
-_SPREAD, _SPREAD_FINE = tl.constexpr(layout.NUMBER_SPREAD), tl.constexpr(layout.NUMBER_SPREAD_FINE)
-_VARIANCE = tl.constexpr(layout.NUMBER_VARIANCE)
-_VARIANCE_FINE = tl.constexpr(layout.NUMBER_VARIANCE_FINE)
 SUM_SHARDS = tl.constexpr(16)
 """Atomics on one address wait for each other: programs add to one of so many copies."""
 
@@ -53,7 +54,7 @@ def _plane_words(words, keep, FIRST: tl.constexpr, DIMS: tl.constexpr):
 def _query_words(q, DIMS: tl.constexpr):
     """The same words of the query, field by field."""
     WORDS: tl.constexpr = (DIMS + 63) // 64 * 4
-    PADDED: tl.constexpr = (DIMS // 16 + _PAD - 1) // _PAD * _PAD
+    PADDED: tl.constexpr = (DIMS // 16 + PAD - 1) // PAD * PAD
     word = tl.arange(0, triton.next_power_of_2(WORDS))
     inside = word < WORDS
     return (
@@ -71,7 +72,7 @@ def _plane_part(x, q, rs, own, SLOT: tl.constexpr, FAST: tl.constexpr):
         x, q[0][None, :], q[1][None, :], q[2][None, :], q[3][None, :], x * 0, x * 0, FAST
     )
     dot = tl.sum(low.to(tl.float32) + high.to(tl.float32) * 0.25, 1)
-    mult, qsum = tl.load(own + _MULT + SLOT), tl.load(own + _QSUM + SLOT)
+    mult, qsum = tl.load(own + MULT + SLOT), tl.load(own + QSUM + SLOT)
     return rs.to(tl.float32) * (mult * (dot - 1.5 * qsum))
 
 
@@ -89,8 +90,8 @@ def _refined(
     W2: tl.constexpr = (D2 + 63) // 64 * 4
     W1: tl.constexpr = (D1 + 63) // 64 * 4
     ROW: tl.constexpr = W4 + W2 + W1 + 1
-    P4: tl.constexpr = (D4 // 16 + _PAD - 1) // _PAD * _PAD * 4
-    P2: tl.constexpr = (D2 // 16 + _PAD - 1) // _PAD * _PAD * 4
+    P4: tl.constexpr = (D4 // 16 + PAD - 1) // PAD * PAD * 4
+    P2: tl.constexpr = (D2 // 16 + PAD - 1) // PAD * PAD * 4
     S2: tl.constexpr = 1 if D4 > 0 else 0
     S1: tl.constexpr = S2 + (1 if D2 > 0 else 0)
     j = tl.arange(0, PLANES * BLOCK_R)
@@ -110,18 +111,18 @@ def _refined(
     fine = tl.zeros([PLANES * BLOCK_R], tl.float32)
     if D4 > 0:
         square = rs4.to(tl.float32) * rs4.to(tl.float32)
-        spread += square * tl.load(own + _SPREAD)
-        fine += square * tl.load(own + _SPREAD_FINE)
+        spread += square * tl.load(own + SPREAD)
+        fine += square * tl.load(own + SPREAD_FINE)
         added += _plane_part(x4, _query_words(query, D4), rs4, own, 0, FAST)
     if D2 > 0:
         square = rs2.to(tl.float32) * rs2.to(tl.float32)
-        spread += square * tl.load(own + _SPREAD + 1)
-        fine += square * tl.load(own + _SPREAD_FINE + 1)
+        spread += square * tl.load(own + SPREAD + 1)
+        fine += square * tl.load(own + SPREAD_FINE + 1)
         added += _plane_part(x2, _query_words(query + P4, D2), rs2, own, 1, FAST)
     if D1 > 0:
         square = rs1.to(tl.float32) * rs1.to(tl.float32)
-        spread += square * tl.load(own + _SPREAD + 2)
-        fine += square * tl.load(own + _SPREAD_FINE + 2)
+        spread += square * tl.load(own + SPREAD + 2)
+        fine += square * tl.load(own + SPREAD_FINE + 2)
         added += _plane_part(x1, _query_words(query + P4 + P2, D1), rs1, own, 2, FAST)
     last = plane == PLANES - 1
     shape: tl.constexpr = [PLANES, BLOCK_R]
@@ -231,14 +232,14 @@ def _select_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1)
     STRIDE: tl.constexpr = (
-        ((D4 // 16 + _PAD - 1) // _PAD + (D2 // 16 + _PAD - 1) // _PAD) * _PAD * 4
-        + (D1 // 16 + _PAD - 1) // _PAD * _PAD * 4
-        + (D1 // 32 + _PAD - 1) // _PAD * _PAD * 8
+        ((D4 // 16 + PAD - 1) // PAD + (D2 // 16 + PAD - 1) // PAD) * PAD * 4
+        + (D1 // 16 + PAD - 1) // PAD * PAD * 4
+        + (D1 // 32 + PAD - 1) // PAD * PAD * 8
     )
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    own = numbers + n * _NUMBERS
+    own = numbers + n * NUMBERS
     first = tl.load(pilots + n)
     target = score_of(first)
     list_ptr = lists + (n.to(tl.int64) * programs + pid) * SHARE
@@ -254,7 +255,7 @@ def _select_kernel(
     if count > 0:
         tl.atomic_add(read + n * 4, count, sem="relaxed")
         tl.debug_barrier()
-        floor = tl.load(own + _FLOOR)
+        floor = tl.load(own + FLOOR)
         best = first * 0 + EMPTY
         scored = 0
         for start in range(0, count, BLOCK_R):
@@ -378,17 +379,17 @@ def _mass_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    own = numbers + n * _NUMBERS
+    own = numbers + n * NUMBERS
     first = tl.load(pilots + n)
     peak, pilot = _peak_of(first, tops, n), tl.exp(score_of(first) - _peak_of(first, tops, n))
-    floor = tl.load(own + _FLOOR)
+    floor = tl.load(own + FLOOR)
     lost = tl.zeros([BLOCK_V, CUTS], tl.float32)
     mass = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, SHARE_MASS, BLOCK_V):
         row = pid * SHARE_MASS + start + tl.arange(0, BLOCK_V)
         inside = row < V
         value = tl.load(logits + n.to(tl.int64) * V + row, inside, float("-inf"))
-        half = 0.5 * (spread_of(scale, own, row, inside, V, _VARIANCE, D4, D2, D1) + floor)
+        half = 0.5 * (spread_of(scale, own, row, inside, V, VARIANCE, D4, D2, D1) + floor)
         gap = peak - value
         # the pilot is known exactly: it keeps its own mass and costs nothing
         known = row == row_of(first)
@@ -431,17 +432,17 @@ def _refine_kernel(
     """Rows above the cut, or that can win, with all planes; their losses by cut."""
     pid, programs, n = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     STRIDE: tl.constexpr = (
-        ((D4 // 16 + _PAD - 1) // _PAD + (D2 // 16 + _PAD - 1) // _PAD) * _PAD * 4
-        + (D1 // 16 + _PAD - 1) // _PAD * _PAD * 4
-        + (D1 // 32 + _PAD - 1) // _PAD * _PAD * 8
+        ((D4 // 16 + PAD - 1) // PAD + (D2 // 16 + PAD - 1) // PAD) * PAD * 4
+        + (D1 // 16 + PAD - 1) // PAD * PAD * 4
+        + (D1 // 32 + PAD - 1) // PAD * PAD * 8
     )
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    own = numbers + n * _NUMBERS
+    own = numbers + n * NUMBERS
     first = tl.load(pilots + n)
     target, known = score_of(first), row_of(first)
-    peak, floor = _peak_of(first, tops, n), tl.load(own + _FLOOR)
+    peak, floor = _peak_of(first, tops, n), tl.load(own + FLOOR)
     own_sums = sums + n * (SUM_SHARDS * 4 * CUTS)
     lost_base = _fixed(own_sums, 0, CUTS)
     cut, _ = _cut_of(lost_base, 0.5 * budget * _mass_of(own_sums, CUTS), CUTS, PER_NAT)
@@ -452,7 +453,7 @@ def _refine_kernel(
         mine = ((i // 16) * programs + pid) * 16 + i % 16
         inside = mine < V
         value = tl.load(logits + n.to(tl.int64) * V + mine, inside, float("-inf"))
-        spread = spread_of(scale, own, mine, inside, V, _SPREAD, D4, D2, D1) + floor
+        spread = spread_of(scale, own, mine, inside, V, SPREAD, D4, D2, D1) + floor
         needed = (peak - value < cut) | (value + tl.sqrt(spread) >= target)
         alive = inside & needed & (mine != known) & (value > float("-inf"))
         alive_count = alive.to(tl.int32)
@@ -472,7 +473,7 @@ def _refine_kernel(
         )  # fmt: skip
         fine = tl.load(place, listed, 0) + added
         tl.store(place, fine, listed)
-        variance = spread_of(scale, own, row, listed, V, _VARIANCE_FINE, D4, D2, D1) * factor
+        variance = spread_of(scale, own, row, listed, V, VARIANCE_FINE, D4, D2, D1) * factor
         gap = tl.maximum(peak - fine, 0.0)
         loss = tl.exp(-gap) * _growth(0.5 * (variance + floor))
         lost += _beyond(gap, tl.where(listed, loss, 0.0), CUTS, PER_NAT)
@@ -526,10 +527,10 @@ def _exact_kernel(
     if PDL:
         gdc_wait()
     W: tl.constexpr = ((D4 + 63) // 64 + (D2 + 63) // 64 + (D1 + 63) // 64) * 4 + 1
-    own = numbers + n * _NUMBERS
+    own = numbers + n * NUMBERS
     first = tl.load(pilots + n)
     target = score_of(first)
-    peak, floor = _peak_of(first, tops, n), tl.load(own + _FLOOR)
+    peak, floor = _peak_of(first, tops, n), tl.load(own + FLOOR)
     own_sums = sums + n * (SUM_SHARDS * 4 * CUTS)
     mass = _mass_of(own_sums, CUTS)
     _, spent = _cut_of(_fixed(own_sums, 0, CUTS), 0.5 * budget * mass, CUTS, PER_NAT)
@@ -548,7 +549,7 @@ def _exact_kernel(
         row = tl.load(list_ptr + j, listed, 0)
         place = logits + n.to(tl.int64) * V + row
         value = tl.load(place, listed, float("-inf"))
-        spread = spread_of(scale, own, row, listed, V, _SPREAD_FINE, D4, D2, D1)
+        spread = spread_of(scale, own, row, listed, V, SPREAD_FINE, D4, D2, D1)
         if not DETERMINISTIC:
             at = refine + ((PLANES - 1) * V.to(tl.int64) + row) * W + W - 1
             spread *= tl.load(at, listed, 0).to(tl.float32, bitcast=True)
