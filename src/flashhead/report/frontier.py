@@ -7,12 +7,12 @@ from zero lies on the floor: less than one disagreement, or a KL below the metri
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
+from flashhead.report.documents import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,12 +69,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         FlashHeadError: not there, no JSON, or not such a document.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FlashHeadError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FlashHeadError(f"{path}: not JSON ({error})") from error
+    document: dict[str, Any] = read_json(path)
     rows = document.get("methods") if isinstance(document, dict) else None
     if not isinstance(rows, dict) or not rows or not {"model", "positions"} <= set(document):
         raise FlashHeadError(f"{path}: wanted a document of flashhead eval, with `methods`")

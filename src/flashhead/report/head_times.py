@@ -5,12 +5,12 @@ whether its rows are synthetic. A method that the dense product served is drawn 
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
+from flashhead.report.documents import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,12 +43,7 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FlashHeadError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FlashHeadError(f"{path}: not JSON ({error})") from error
+    document: dict[str, Any] = read_json(path)
     rows = document.get("rows") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not {"name", "rows_are"} <= set(document):
         raise FlashHeadError(f"{path}: wanted a document of flashhead bench head --device cuda")

@@ -343,7 +343,7 @@ class _Call:
             self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
             SHARE_MASS=mass, BLOCK_V=min(64, mass), **cuts, **self.later(4),
         )  # fmt: skip
-        more = {"PLANES": self.planes, "DETERMINISTIC": self.deterministic, "SHARE": share, **cuts}
+        more = {"PLANES": self.planes, "SHARE": share, **cuts}
         kernels._refine_kernel[grid](
             self.scores, refine, scale, self.query, self.numbers, self.pilots, self.tops,
             self.sums, lists, counts, self.read, self.vocab_size, budget,
@@ -355,7 +355,8 @@ class _Call:
             self.numbers, self.pilots, self.winners, self.tops, self.sums, lists, counts,
             self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals,
             self.vocab_size, *self.bytes, budget, D_HIDDEN=self.d, BLOCK_R=self.blocks.rows,
-            BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None, **more,
+            BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None,
+            DETERMINISTIC=self.deterministic, **more,
             **self.later(4),
         )  # fmt: skip
 

@@ -425,7 +425,6 @@ def _refine_kernel(
     BLOCK_R: tl.constexpr,
     CUTS: tl.constexpr,
     PER_NAT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):

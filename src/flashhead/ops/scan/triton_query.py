@@ -55,10 +55,10 @@ def _segment_numbers(
 @triton.jit
 def _quantise(
     coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4, D2,
-    DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+    DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """Steps, numbers and packed bytes of BLOCK_N hidden states; `parts` are the largest value and
+    """Steps, numbers and packed bytes of some hidden states; `parts` are the largest value and
     the energy of each group of 16 coordinates. All loads are on their way at once.
     """
     GROUPS: tl.constexpr = DIMS // 16
@@ -224,5 +224,5 @@ def _query_kernel(
     if is_last(counters + 17 * tl.program_id(1), g, GROUPS + 1, SHARDS):
         _quantise(
             coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4,
-            D2, DIMS, PACKED, BLOCK_N, BLOCK_G, BLOCK_P, DETERMINISTIC,
+            D2, DIMS, PACKED, BLOCK_G, BLOCK_P, DETERMINISTIC,
         )  # fmt: skip
