@@ -357,7 +357,8 @@ def test_convert_inspect_generate(converted):
     assert document["index"]["kind"] == "codes"
     assert 0.05 < document["index"]["bytes_fraction"] < 0.25
     prompt = ("generate", "--model", str(converted), "--prompt", "Name a colour.", "--json")
-    flash = last_document(flashhead(*prompt, "--max-new-tokens", "8"))
+    # a busy machine may measure that the dense product is faster: here the search must run
+    flash = last_document(flashhead(*prompt, "--max-new-tokens", "8", "--crossover", "8"))
     dense = last_document(flashhead(*prompt, "--max-new-tokens", "8", "--dense"))
     assert (flash["head"], dense["head"]) == ("codes", "dense")
     assert 0 < flash["bytes_fraction"] < 1
@@ -410,6 +411,7 @@ def test_generate_interrupted(converted):
 def test_demo(smollm2):
     """A demo that does not end in its document."""
     short = ("--max-new-tokens", "4", "--repeats", "1", "--set", "calibration_tokens=1024")
+    short += ("--crossover", "8")
     document = last_document(flashhead("demo", "--model", smollm2, *short, "--json"))
     wanted = {"model", "dense_tok_per_sec", "flash_tok_per_sec", "speedup", "agreement"}
     assert wanted | {"bytes_fraction", "certified_fraction"} <= set(document)

@@ -58,6 +58,17 @@ def add_head(parser: Parser) -> None:
     )
 
 
+def add_crossover(parser: Parser) -> None:
+    """`--crossover`."""
+    parser.add_argument(
+        "--crossover",
+        type=int,
+        choices=(0, 1, 2, 4, 8, 16, 32, 64),
+        metavar="ROWS",
+        help="search up to so many rows, 0 to 64, a power of two (default: measured, see tune)",
+    )
+
+
 def add_evaluation(parser: Parser, least_positions: int | None = 1) -> None:
     """What every evaluation of a head on a text takes: model, head, text, seed, where to keep it.
 

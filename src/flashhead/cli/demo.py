@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from flashhead._version import __version__
-from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, integer
+from flashhead.cli.arguments import MODEL_HELP, Parser, add_crossover, add_head, command, integer
 
 DEFAULT_MODEL = "gemma-3-270m"
 PROMPT = "Here is a recipe for a simple tomato soup:\n"
@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
         "--model", default=DEFAULT_MODEL, metavar="MODEL", help=f"{MODEL_HELP} (default: the first)"
     )
     add_head(parser)
+    add_crossover(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="text to go on from")
     parser.add_argument(
         "--max-new-tokens", type=integer(2), default=64, metavar="N", help="default: 64"

@@ -4,7 +4,15 @@ import argparse
 import sys
 from typing import Any
 
-from flashhead.cli.arguments import Parser, add_head, add_model, command, integer, real
+from flashhead.cli.arguments import (
+    Parser,
+    add_crossover,
+    add_head,
+    add_model,
+    command,
+    integer,
+    real,
+)
 from flashhead.errors import FlashHeadError
 
 
@@ -16,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
     parser.add_argument("--dense", action="store_true", help="use the model's own head")
     add_head(parser)
+    add_crossover(parser)
     parser.add_argument(
         "--max-new-tokens", type=integer(1), default=256, metavar="N", help="default: 256"
     )

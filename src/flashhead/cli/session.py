@@ -25,16 +25,17 @@ def load_model(args: argparse.Namespace, head: str | None) -> tuple[Any, Any]:
     """Model and tokenizer of `--model`.
 
     Args:
-        args: with `model`, `head` and `set`.
+        args: with `model`, `head`, `set` and maybe `crossover`.
         head: "codes" or "clusters" (with `--set`), "dense", or None: the folder's index, or codes.
     """
     options = index_options(args) if head != "dense" else {}
+    crossover = getattr(args, "crossover", None)
     source = open_source(args.model)
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
     from flashhead.integrations import transformers
 
     tokenizer = transformers.load_tokenizer(source)
-    return transformers.load(source, head, **options), tokenizer
+    return transformers.load(source, head, crossover=crossover, **options), tokenizer
 
 
 def calibration_states(model: Any) -> Any:

@@ -24,6 +24,7 @@ from flashhead.index.store import load_index
 from flashhead.integrations.calibration import sample_hidden_states
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
+from flashhead.nn.tuning import Crossover
 from flashhead.options import ClustersOptions, CodesOptions, make_options
 
 try:
@@ -84,6 +85,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     impl: str = "auto",
+    crossover: int | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
     **options: Any,
@@ -96,7 +98,9 @@ def load(
         head: "codes", "clusters" or "dense"; None: the folder's index if it has one, else "codes".
         dtype: of the weights.
         device: where the model goes before its head is attached.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "triton" or "reference".
+        crossover: up to how many rows the index is searched, 0 or a power of two up to 64; None:
+            measured once on this machine.
         trust_remote_code: run Python code that the model's folder brings.
         progress: progress bars on stderr.
         options: fields of `CodesOptions` or `ClustersOptions`.
@@ -117,13 +121,15 @@ def load(
         section = None
     if section is not None and head in (None, section.get("index")):
         index, sample = load_index(Path(source), section, _linear_head(loaded).weight)
-        attach(loaded, index.kind, impl=impl, index=_with_options(index, options), sample=sample)
+        index = _with_options(index, options)
+        attach(loaded, index.kind, impl=impl, crossover=crossover, index=index, sample=sample)
     else:
         if section is not None and head != "dense":
             _log.warning(
                 "%s holds a %s index; a new %s index is built", source, section.get("index"), head
             )
-        attach(loaded, head or "codes", impl=impl, progress=progress, **options)
+        kind = head or "codes"
+        attach(loaded, kind, impl=impl, crossover=crossover, progress=progress, **options)
     return loaded
 
 
@@ -195,6 +201,7 @@ def attach(
     head: str = "codes",
     *,
     impl: str = "auto",
+    crossover: int | None = None,
     progress: bool = True,
     index: CodesIndex | ClustersIndex | None = None,
     sample: Tensor | None = None,
@@ -206,7 +213,9 @@ def attach(
     Args:
         model: a causal LM.
         head: "codes", "clusters" or "dense".
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "triton" or "reference".
+        crossover: up to how many rows the index is searched, 0 or a power of two up to 64; None:
+            measured once on this machine.
         progress: progress bars on stderr.
         index: a ready index of this head; None builds one, from text sampled from the model itself.
         sample: floating `[n, d]`, hidden states to measure the crossover with.
@@ -223,15 +232,20 @@ def attach(
     linear = _linear_head(model)
     expectation = None
     if head == "dense":
-        if options:
-            raise FlashHeadError(f"head='dense' takes no options, got {next(iter(options))!r}")
+        given = options if crossover is None else {"crossover": crossover, **options}
+        if given:
+            raise FlashHeadError(f"head='dense' takes no options, got {next(iter(given))!r}")
         replaced = FlashHead(linear, None)
     else:
         if index is None:
             index, hidden, expectation = _build(model, linear, head, progress, hidden, options)
         states = sample if sample is not None else hidden
         replaced = FlashHead(
-            linear, index, impl=impl, sample=None if states is None else _spread(states)
+            linear,
+            index,
+            impl=impl,
+            sample=None if states is None else _spread(states),
+            crossover=None if crossover is None else Crossover(crossover, crossover),
         )
     model.set_output_embeddings(replaced)
     return Attachment(model, replaced, linear, expectation)

@@ -76,6 +76,7 @@ class FlashHead(nn.Linear):
                 )
             self.impl = resolve_impl(impl, self.weight.device)
             self._place()
+            self._given = crossover
             found = crossover or find_crossover(self)
             self.crossover_rows, self.token_crossover_rows = found.logits, found.token
 
@@ -99,7 +100,7 @@ class FlashHead(nn.Linear):
         if self.index is not None and moved:
             self.impl = resolve_impl("auto", self.weight.device)
             self._place()
-            found = find_crossover(self)
+            found = self._given or find_crossover(self)
             self.crossover_rows, self.token_crossover_rows = found.logits, found.token
         return self
 
