@@ -16,6 +16,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     add_head(parser)
+    parser.add_argument(
+        "--index-only", action="store_true", help="write the index without the model's weights"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -27,7 +30,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flashhead.convert.head import convert
 
     source = session.open_source(args.model)
-    report = convert(source, args.out, head=args.head or "codes", **options)
+    head = args.head or "codes"
+    report = convert(source, args.out, head=head, index_only=args.index_only, **options)
     print(
         f"wrote {args.out}: {report['head']} index of {report['index_bytes'] / 1e6:.0f} MB "
         f"beside a head of {report['head_bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"

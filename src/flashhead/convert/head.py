@@ -25,9 +25,13 @@ def convert(
     head: str = "codes",
     progress: bool = True,
     trust_remote_code: bool = False,
+    index_only: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a folder that holds the model, its tokenizer and an index of its head.
+
+    transformers and `flashhead.load` take it as they take any folder, and so does vLLM where this
+    package is installed: `quantization_config` in its config.json names FlashHead.
 
     Args:
         model: embedded name, hub id, local folder or local `.gguf` file.
@@ -35,6 +39,7 @@ def convert(
         head: "codes" or "clusters".
         progress: progress bars on stderr.
         trust_remote_code: run Python code that the model's folder brings.
+        index_only: write the index and its `flashhead` section alone, without weights.
         options: fields of `CodesOptions` or `ClustersOptions`.
 
     Returns:
@@ -58,9 +63,11 @@ def convert(
         raise FlashHeadError(f"{out}: its parent folder does not exist")
     source = resolve(model, progress)
     loaded = load_dense(source, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = None
+    if not index_only:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    _require_disk(out, 3 * weights // 2)
+    _require_disk(out, weights // 2 if index_only else 3 * weights // 2)
     attachment = attach(loaded, head, progress=progress, **options)
     built, sample = attachment.head.index, attachment.head.sample
     assert built is not None
@@ -72,11 +79,14 @@ def convert(
         folder.mkdir()
         if hasattr(loaded.config, "flashhead"):
             del loaded.config.flashhead
-        loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        path, config = folder / "config.json", {}
+        if tokenizer is not None:
+            loaded.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            # a checkpoint's own quantization stays named; the plugin for vLLM sees our section
+            config = {"quantization_config": {"quant_method": "flashhead"}}
+            config |= json.loads(path.read_text())
         section = save_index(built, attachment.head.weight, sample, folder)
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"flashhead": section}, indent=2) + "\n")
         if out.exists():
             raise FlashHeadError(f"{out} appeared while converting: nothing is written over")

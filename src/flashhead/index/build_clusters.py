@@ -266,7 +266,7 @@ def _packed_int4(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """
     peak = centroids.abs().amax(1)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    scales = peak / 7 * torch.tensor(INT4_CUTS)[:, None]  # [cuts, C]
+    scales = peak / 7 * torch.tensor(INT4_CUTS, dtype=torch.float32)[:, None]  # [cuts, C]
     codes = [(centroids / scale[:, None]).round().clamp(-8, 7) for scale in scales]
     errors = torch.stack(
         [

@@ -99,6 +99,21 @@ def build_codes_expecting(
     return index, expected
 
 
+def row_coefficients(weight: Tensor, index: CodesIndex) -> Tensor:
+    """What `index.direction` holds of these rows: float32[V].
+
+    Args:
+        weight: floating `[V, d]`.
+        index: of a head that they are rows of; its transform says which direction.
+    """
+    device = weight.device
+    exact = index.exact.to(device)
+    functional = _row_transform(index.transform.to(device), exact)[:, -1]
+    mean = exact[1].double()
+    chunks = weight.detach().split(_CHUNK_ROWS)
+    return torch.cat([(chunk.double() - mean).float() @ functional for chunk in chunks])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Coded:
     """A chunk of n rows: codes as bytes; errors and energies at scale 1, NaN for zero segments."""

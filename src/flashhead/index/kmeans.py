@@ -110,8 +110,8 @@ def _auction(nearest: Tensor, values: Tensor, capacity: Tensor, step: float) -> 
     `step`; a cluster keeps the highest bids, and its price is the lowest one kept once it is full.
     """
     owner = torch.full((len(nearest),), -1)
-    paid = torch.zeros(len(nearest))
-    price = torch.zeros(len(capacity))
+    paid = torch.zeros(len(nearest), dtype=torch.float32)
+    price = torch.zeros(len(capacity), dtype=torch.float32)
     for _ in range(AUCTION_ROUNDS):
         rows = (owner < 0).nonzero()[:, 0]
         if len(rows) == 0:

@@ -18,8 +18,10 @@ from flashhead.errors import FlashHeadError
 from flashhead.index.checks import REMEDY, metadata_int
 from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
+from flashhead.index.shard import require_rows, shard_codes
 
-INDEX_FILE = "flashhead.safetensors"
+INDEX_FILE = "flashhead/index.safetensors"
+"""In a folder of its own: engines read every safetensors file beside config.json as weights."""
 FORMAT_VERSION = 2
 SAMPLE_ROWS = 64
 _KINDS: dict[str, type[CodesIndex] | type[ClustersIndex]] = {
@@ -48,6 +50,7 @@ def save_index(
     states = torch.empty(0, weight.shape[1]) if sample is None else sample
     tensors["sample"] = states[:SAMPLE_ROWS].to(torch.bfloat16).contiguous()
     path = folder / INDEX_FILE
+    path.parent.mkdir()
     save_file(tensors, path)
     return {
         "format_version": FORMAT_VERSION,
@@ -63,14 +66,15 @@ def save_index(
 
 
 def load_index(
-    folder: Path, section: dict[str, Any], weight: Tensor
+    folder: Path, section: dict[str, Any], weight: Tensor, first_row: int | None = None
 ) -> tuple[CodesIndex | ClustersIndex, Tensor]:
     """Read the index of `folder` and its sample of hidden states (`bfloat16[n, d]`).
 
     Args:
         folder: a folder that `save_index` wrote to.
         section: the `flashhead` section of its config.json.
-        weight: floating `[V, d]`, the head that the index must belong to.
+        weight: floating `[V, d]`, the head that the index must belong to, or some of its rows.
+        first_row: of the rows, where they are not all: only codes can be cut.
 
     Raises:
         FlashHeadError: version, kind, shape, checksum or file do not fit; the line says which and
@@ -86,12 +90,20 @@ def load_index(
     if kind not in _KINDS:
         raise FlashHeadError(f"{path}: index {kind!r}, wanted one of {', '.join(_KINDS)}: {REMEDY}")
     shape = [metadata_int(section, "vocab_size", 1), metadata_int(section, "hidden_size", 1)]
-    if shape != list(weight.shape):
+    first, rows = first_row or 0, len(weight)
+    if first_row is None and shape != list(weight.shape):
         raise FlashHeadError(
             f"{path}: built from a head {shape}, this head is {list(weight.shape)}: {REMEDY}"
         )
+    if first + rows > shape[0] or weight.shape[1:] != (shape[1],):
+        raise FlashHeadError(
+            f"{path}: built from a head {shape}, wanted rows {first} to {first + rows} of "
+            f"{list(weight.shape[1:])} dimensions: {REMEDY}"
+        )
     _check_file(path, section)
-    _check_head(path, section, weight)
+    whole = rows == shape[0]
+    if whole:
+        _check_head(path, section, weight)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -106,6 +118,12 @@ def load_index(
     index = _KINDS[kind].from_tensors(
         tensors, {**parameters, "vocab_size": shape[0], "hidden_size": shape[1]}
     )
+    if whole:
+        return index, sample
+    if not isinstance(index, CodesIndex):
+        raise FlashHeadError(f"{path}: a {kind} index cannot be cut into ranks: convert to codes")
+    index = shard_codes(index, first, first + rows)
+    require_rows(index, weight)
     return index, sample
 
 

@@ -160,8 +160,10 @@ def load_dense(
         raise FlashHeadError(
             f"model {str(path)!r} cannot be loaded: {_first_line(error)}; {known_names()}"
         ) from error
-    if hasattr(model.config, "quantization_config") and path.suffix == ".gguf":
-        del model.config.quantization_config  # the weights are dequantized; saving would refuse
+    quantization = getattr(model.config, "quantization_config", None)
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == "flashhead"
+    if quantization is not None and (ours or path.suffix == ".gguf"):
+        del model.config.quantization_config  # plain weights, or dequantized: saving would refuse
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from flashhead.errors import FlashHeadError
 from flashhead.ledger.files import TensorInfo, read_safetensors
 from flashhead.ledger.tokens import Ledger
 
-INDEX_FILE = "flashhead.safetensors"
+INDEX_FILE = "flashhead/index.safetensors"
 USUAL_BITS = 1.5
 """Bits a dimension where no index says what fits its model: Gemma 3 270M gets 1.25, SmolLM2 2."""
 SCANNED = {

@@ -172,7 +172,7 @@ def _states(head: "FlashHead") -> Tensor:
     states = head.sample
     if states is None or len(states) == 0:
         generator = torch.Generator().manual_seed(0)  # the global one is the user's
-        states = torch.randn(MOST_ROWS, head.in_features, generator=generator)
+        states = torch.randn(MOST_ROWS, head.in_features, generator=generator, dtype=torch.float32)
     return states.to(head.weight.device, head.weight.dtype)
 
 

@@ -248,7 +248,9 @@ class DeviceSearch:
 
     def _temperature(self, n: int, temperature: float) -> Tensor:
         key = ("temperature", n, temperature)
-        return self._kept(key, lambda: torch.full((n,), temperature, device=self.device))
+        return self._kept(
+            key, lambda: torch.full((n,), temperature, dtype=torch.float32, device=self.device)
+        )
 
     def _seed(self, n: int, seed: int) -> Tensor:
         from flashhead.ops.noise.triton import signed

@@ -96,7 +96,7 @@ def sequence_bias(
     tokens = torch.tensor([token for token, _ in hits], dtype=torch.int64)
     values = torch.tensor([bias for _, bias in hits], dtype=torch.float32)
     rows, place = torch.unique(tokens, return_inverse=True)
-    return rows, torch.zeros(rows.shape[0]).index_add_(0, place, values)
+    return rows, torch.zeros(rows.shape[0], dtype=torch.float32).index_add_(0, place, values)
 
 
 def biased(logits: Tensor, rows: Tensor, bias_rows: Tensor, bias: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ def edited_rows(
 
 def allowed_mask(vocab_size: int, rows: Tensor) -> Tensor:
     """Mask that forbids all rows but some: float32[V] of 0 and -inf."""
-    return torch.full((vocab_size,), -torch.inf).index_fill_(0, rows, 0)
+    return torch.full((vocab_size,), -torch.inf, dtype=torch.float32).index_fill_(0, rows, 0)
 
 
 def banned_mask(vocab_size: int, rows: Tensor) -> Tensor:
     """Mask that forbids some rows: float32[V] of 0 and -inf."""
-    return torch.zeros(vocab_size).index_fill_(0, rows, -torch.inf)
+    return torch.zeros(vocab_size, dtype=torch.float32).index_fill_(0, rows, -torch.inf)
 
 
 def unpack_bitmask(bitmask: Tensor, vocab_size: int) -> Tensor:

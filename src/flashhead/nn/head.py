@@ -336,7 +336,7 @@ class FlashHead(nn.Linear):
         count, yes = torch.full((len(hidden),), self.out_features), torch.ones(len(hidden)) > 0
         read = torch.full((len(hidden),), self.dense_bytes)
         everything = torch.arange(self.out_features, dtype=torch.int32)
-        upper = torch.full((len(hidden),), -math.inf)
+        upper = torch.full((len(hidden),), -math.inf, dtype=torch.float32)
         return HeadOutput(
             logits, logits.argmax(1), count, yes, yes, read, upper, [everything] * len(hidden)
         )

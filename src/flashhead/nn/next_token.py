@@ -181,7 +181,7 @@ def _bias_of(
         bias = gumbel(sampling.seed, steps, vocab_size, impl=head.noise_impl)
         bias *= sampling.temperature
     else:
-        bias = torch.zeros(count, vocab_size)
+        bias = torch.zeros(count, vocab_size, dtype=torch.float32)
     for n, context in enumerate(contexts or []):
         if context.mask is not None:
             bias[n] += _mask(context.mask, vocab_size)
@@ -268,7 +268,7 @@ def candidates_of(
     """
     bias = None
     if own is not None:
-        bias = torch.zeros(1, head.weight.shape[0])
+        bias = torch.zeros(1, head.weight.shape[0], dtype=torch.float32)
         if own[1].mask is not None:
             bias[0] += _mask(own[1].mask, head.weight.shape[0])
         bias[0, own[0].rows] = -math.inf

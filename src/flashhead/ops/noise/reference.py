@@ -106,7 +106,7 @@ def draw(
     """Winning positions int64[n] and their perturbed logits float32[n]."""
     rows = torch.arange(logits.shape[0]) if rows is None else rows
     winners = torch.empty(steps.shape[0], dtype=torch.int64)
-    values = torch.empty(steps.shape[0])
+    values = torch.empty(steps.shape[0], dtype=torch.float32)
     scale = torch.tensor(temperature, dtype=torch.float32)
     for start in range(0, steps.shape[0], max(1, DRAWN // logits.shape[0])):
         part = slice(start, start + max(1, DRAWN // logits.shape[0]))

@@ -61,7 +61,7 @@ def cluster_scores(
     hidden: Tensor, centroids: Tensor, scale: Tensor, offset: Tensor, common: Tensor
 ) -> Tensor:
     """h.common + scale_j * (h.centroids_j) + offset_j: float32[n, C] of hidden float32[n, d]."""
-    scores = torch.empty(len(hidden), len(centroids))
+    scores = torch.empty(len(hidden), len(centroids), dtype=torch.float32)
     shared = hidden @ common
     if centroids.dtype == torch.int8:
         kernel, stored = _score_int8, centroids

@@ -69,7 +69,7 @@ def refine(
     estimates: Tensor,
 ) -> Tensor:
     """Estimates of `rows` with the bits of one plane (1 or 2) added: float32[k]."""
-    scores = torch.zeros(index.vocab_size)
+    scores = torch.zeros(index.vocab_size, dtype=torch.float32)
     scores[rows] = estimates
     refine_kernel(
         index_arrays(index),

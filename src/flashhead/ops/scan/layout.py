@@ -109,7 +109,7 @@ def constants_of(index: CodesIndex, device: torch.device) -> Tensor:
     """What the query kernel needs of the segments: float32[3 slots, 8]: step, centre, energy, size,
     error at the base and with all planes, worst error at both.
     """
-    rows = torch.zeros(len(SLOT_BITS), 8)
+    rows = torch.zeros(len(SLOT_BITS), 8, dtype=torch.float32)
     for segment in index.segments:
         rows[SLOT_BITS.index(segment.base_bits)] = torch.tensor(
             [
@@ -121,6 +121,7 @@ def constants_of(index: CodesIndex, device: torch.device) -> Tensor:
                 segment.error[-1],
                 segment.worst[0],
                 segment.worst[-1],
-            ]
+            ],
+            dtype=torch.float32,
         )
     return rows.to(device)

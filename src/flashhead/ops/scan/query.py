@@ -105,6 +105,11 @@ class CodesPlan:
         return int(self.error.shape[0])
 
 
+def _reals(values: Any) -> Tensor:
+    """Whatever the default dtype is: engines change it while they load."""
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def make_plan(index: CodesIndex) -> CodesPlan:
     """Lay out the runs of words of an index, in the order `build_codes` wrote them."""
     runs: list[tuple[int, int, int, int]] = []
@@ -128,16 +133,16 @@ def make_plan(index: CodesIndex) -> CodesPlan:
     return CodesPlan(
         runs=torch.tensor(runs, dtype=torch.int64),
         run_segment=torch.tensor(run_segment),
-        run_gain=torch.tensor(run_gain),
+        run_gain=_reals(run_gain),
         bounds=torch.tensor(bounds),
         refine_bounds=torch.tensor(refine_bounds),
         gather=torch.cat(gather).contiguous(),
-        step=torch.tensor([segment.step for segment in segments]),
-        centre=torch.tensor([(2**segment.base_bits - 1) / 2 for segment in segments]),
-        size=torch.tensor([float(segment.dims) for segment in segments]),
-        error=torch.tensor([segment.error for segment in segments]).T.contiguous(),
-        worst=torch.tensor([segment.worst for segment in segments]).T.contiguous(),
-        energy=torch.tensor([segment.energy for segment in segments]),
+        step=_reals([segment.step for segment in segments]),
+        centre=_reals([(2**segment.base_bits - 1) / 2 for segment in segments]),
+        size=_reals([segment.dims for segment in segments]),
+        error=_reals([segment.error for segment in segments]).T.contiguous(),
+        worst=_reals([segment.worst for segment in segments]).T.contiguous(),
+        energy=_reals([segment.energy for segment in segments]),
         reach=float(index.direction.abs().max()),
     )
 

@@ -1,0 +1,24 @@
+"""Entry point `vllm.general_plugins`: called in every process of vLLM, maybe more than once."""
+
+import os
+
+SWITCH = "FLASHHEAD_ENABLED"
+METHOD = "flashhead"
+
+
+def register() -> None:
+    """Make `--quantization flashhead` and `quant_method: flashhead` known to vLLM."""
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if METHOD not in QUANTIZATION_METHODS:
+        from flashhead.integrations.vllm.config import FlashHeadConfig
+
+        register_quantization_config(METHOD)(FlashHeadConfig)
+
+
+def is_enabled() -> bool:
+    """Whether heads are searched: `FLASHHEAD_ENABLED=0` leaves every layer as it would be."""
+    return os.environ.get(SWITCH, "1") != "0"

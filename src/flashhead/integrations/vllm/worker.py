@@ -1,0 +1,29 @@
+"""`--worker-extension-cls flashhead.integrations.vllm.worker.FlashHeadWorker`: what was searched.
+
+`llm.collective_rpc("flashhead_statistics")` then returns the counters of each worker's heads.
+"""
+
+from typing import Any
+
+from flashhead.integrations.vllm.method import FlashHeadMethod
+
+
+class FlashHeadWorker:
+    """Methods that vLLM adds to its workers."""
+
+    model_runner: Any
+
+    def flashhead_statistics(self) -> list[dict[str, Any]]:
+        """Counters of the heads of this worker, the target's and the draft's."""
+        models = [self.model_runner.get_model()]
+        for name in ("drafter", "speculator"):
+            draft = getattr(getattr(self.model_runner, name, None), "model", None)
+            if draft is not None:
+                models.append(draft)
+        methods: dict[int, FlashHeadMethod] = {}
+        for model in models:
+            for module in model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, FlashHeadMethod) and method.serves:
+                    methods[id(method)] = method
+        return [method.statistics() for method in methods.values()]
