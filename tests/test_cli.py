@@ -19,6 +19,8 @@ COMMANDS = (
     ("convert",),
     ("inspect",),
     ("tune",),
+    ("serve",),
+    ("chat",),
     ("eval",),
     ("eval", "head"),
     ("eval", "logprobs"),

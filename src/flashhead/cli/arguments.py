@@ -20,8 +20,20 @@ MODEL_HELP = "gemma-3-270m, smollm2-135m, a folder, a .gguf file or a hub id"
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and no abbreviated options."""
 
+    takes_extra = False
+    """Whether what follows `--` becomes `extra`, as it is: arguments of another program."""
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, up to the first `--` if the parser `takes_extra`."""
+        if not self.takes_extra or args is None:
+            return super().parse_known_args(args, namespace)
+        end = args.index("--") if "--" in args else len(args)
+        parsed, unknown = super().parse_known_args(args[:end], namespace)
+        parsed.extra = args[end + 1 :]
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """One line and exit code 2."""
@@ -66,6 +78,33 @@ def add_crossover(parser: Parser) -> None:
         choices=(0, 1, 2, 4, 8, 16, 32, 64),
         metavar="ROWS",
         help="search up to so many rows, 0 to 64, a power of two (default: measured, see tune)",
+    )
+
+
+def add_decoding(parser: Parser) -> None:
+    """What `generate` and `chat` take: the head, how long, how to sample."""
+    parser.add_argument("--dense", action="store_true", help="use the model's own head")
+    add_head(parser)
+    add_crossover(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=integer(1), default=256, metavar="N", help="default: 256"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=real("0 (greedy) or more", lambda value: value >= 0),
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (default)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=real("above 0 and at most 1", lambda value: 0 < value <= 1),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that hold this probability (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=integer(0), metavar="N", help="of the sampling (default: a new one)"
     )
 
 

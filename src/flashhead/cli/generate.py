@@ -4,15 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from flashhead.cli.arguments import (
-    Parser,
-    add_crossover,
-    add_head,
-    add_model,
-    command,
-    integer,
-    real,
-)
+from flashhead.cli.arguments import Parser, add_decoding, add_model, command
+from flashhead.cli.stream import Streamer
 from flashhead.errors import FlashHeadError
 
 
@@ -22,60 +15,29 @@ def add_parser(subparsers: Any) -> None:
     add_model(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: stdin)")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
-    parser.add_argument("--dense", action="store_true", help="use the model's own head")
-    add_head(parser)
-    add_crossover(parser)
-    parser.add_argument(
-        "--max-new-tokens", type=integer(1), default=256, metavar="N", help="default: 256"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=real("0 (greedy) or more", lambda value: value >= 0),
-        default=0.0,
-        metavar="T",
-        help="0 is greedy (default)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=real("above 0 and at most 1", lambda value: 0 < value <= 1),
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens that hold this probability (default: 1)",
-    )
-    parser.add_argument(
-        "--seed", type=integer(0), metavar="N", help="of the sampling (default: a new one)"
-    )
+    add_decoding(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Generate, streaming to stdout."""
     prompt = _prompt(args)
-    if args.top_p < 1 and args.temperature == 0:
-        raise FlashHeadError("--top-p without --temperature: greedy decoding does not sample")
+    choice = sampling(args)
     from flashhead.cli import session
-    from flashhead.cli.stream import Streamer
 
     model, tokenizer = session.load_model(args, "dense" if args.dense else args.head)
-    import torch
-
-    seed = args.seed if args.seed is not None else torch.seed() % 2**32
-    torch.manual_seed(seed)
+    seed = seed_torch(args.seed)
     inputs = session.encode(tokenizer, prompt, args.raw).to(model.device)
     streamer = Streamer(tokenizer, sys.stdout)
     model.generate(
         **inputs,
-        **_sampling(args),
+        **choice,
         max_new_tokens=args.max_new_tokens,
         pad_token_id=session.pad_token(tokenizer),
         streamer=streamer,
     )
     head = model.get_output_embeddings()
     counted = session.counted(head)
-    share = f", {counted['bytes_fraction']:.1%} of the head's bytes read" if counted else ""
-    print(
-        f"[{len(streamer.tokens)} tokens, {streamer.tok_per_sec:.1f} tok/s{share}]",
-        file=sys.stderr,
-    )
+    print(f"[{summary(streamer, counted)}]", file=sys.stderr)
     return {
         "model": args.model,
         "head": head.kind,
@@ -101,9 +63,15 @@ def _prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `generate`; only what the user can set cuts the distribution (no top-k)."""
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate`; only what the user can set cuts the distribution (no top-k).
+
+    Raises:
+        FlashHeadError: `--top-p` without `--temperature`.
+    """
     if args.temperature == 0:
+        if args.top_p < 1:
+            raise FlashHeadError("--top-p without --temperature: greedy decoding does not sample")
         return {"do_sample": False}
     return {
         "do_sample": True,
@@ -111,3 +79,18 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": args.top_p,
         "top_k": 0,
     }
+
+
+def seed_torch(seed: int | None) -> int:
+    """Seed the sampling; None: with a new seed. Returns the seed."""
+    import torch
+
+    seed = torch.seed() % 2**32 if seed is None else seed
+    torch.manual_seed(seed)
+    return seed
+
+
+def summary(streamer: Streamer, counted: dict[str, float]) -> str:
+    """Tokens, speed, and what `session.counted` says of the search, on a part of a line."""
+    share = f", {counted['bytes_fraction']:.1%} of the head's bytes read" if counted else ""
+    return f"{len(streamer.tokens)} tokens, {streamer.tok_per_sec:.1f} tok/s{share}"

@@ -20,6 +20,7 @@ from flashhead._version import __version__
 from flashhead.cli import (
     bench_decode,
     bench_head,
+    chat,
     convert,
     demo,
     eval_frontier,
@@ -28,6 +29,7 @@ from flashhead.cli import (
     eval_sampling,
     generate,
     inspect,
+    serve,
     tune,
 )
 from flashhead.cli.arguments import Parser
@@ -49,7 +51,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, convert, inspect, tune):
+    for module in (demo, generate, chat, serve, convert, inspect, tune):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)

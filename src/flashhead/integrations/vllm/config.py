@@ -25,7 +25,7 @@ from flashhead.integrations.vllm.layers import register_layers
 from flashhead.integrations.vllm.method import FlashHeadMethod
 from flashhead.integrations.vllm.options import PluginOptions, read_options
 from flashhead.integrations.vllm.plugin import METHOD, is_enabled
-from flashhead.integrations.vllm.requests import refuse_dense_requests
+from flashhead.integrations.vllm.requests import SPECULATIVE_NEEDS, refuse_below
 
 _log = logging.getLogger("vllm.flashhead")
 OVERRIDES = "flashhead_options"
@@ -110,8 +110,8 @@ class FlashHeadConfig(QuantizationConfig):
         self.model, self.revision = model_name, revision
         given = getattr(hf_config, OVERRIDES, None) or {}
         self.options = read_options({**self.values, **given})
-        if self.options.speculative_target == "search":
-            refuse_dense_requests("speculative_target='search'")
+        if self.options.speculative_target != "dense":
+            refuse_below(SPECULATIVE_NEEDS[self.options.speculative_target])
         if self.inner is not None:
             known = inspect.signature(self.inner.maybe_update_config).parameters
             more = {"hf_config": hf_config, "revision": revision}

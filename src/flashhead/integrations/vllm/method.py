@@ -15,7 +15,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashhead.integrations.vllm.find_index import Head, find_index
-from flashhead.integrations.vllm.requests import Need, tracker_of
+from flashhead.integrations.vllm.requests import SPECULATIVE_NEEDS, Need, tracker_of
 from flashhead.nn.head import FlashHead
 from flashhead.nn.tuning import Crossover
 
@@ -144,8 +144,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         tracker = tracker_of(self.instance)
         if tracker is not None:
             return tracker.of_rows(count)
-        searched = self.config.options.speculative_target == "search"
-        return [Need.LOGITS if searched else Need.DENSE] * count
+        return [SPECULATIVE_NEEDS[self.config.options.speculative_target]] * count
 
     @staticmethod
     def _winners(head: FlashHead, states: Tensor) -> Tensor:
@@ -211,9 +210,12 @@ def _own_rows(layer: Any) -> tuple[Tensor, int, int]:
 
 
 def _is_draft(engine: Any, model: str | None) -> bool:
+    """Whether the model proposes and another verifies; while it loads, the engine's is the draft's."""
     speculative = engine.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and draft.model == model != engine.model_config.model
+    if draft is None:
+        return False
+    return draft.model == model and model != speculative.target_model_config.model
 
 
 def _is_searchable(states: Tensor, head: FlashHead) -> bool:

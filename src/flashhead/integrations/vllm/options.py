@@ -7,7 +7,7 @@ from flashhead.errors import FlashHeadError
 from flashhead.options import CodesOptions, make_options
 
 CALIBRATIONS = ("auto", "model", "none")
-SPECULATIVE_TARGETS = ("dense", "search")
+SPECULATIVE_TARGETS = ("dense", "search", "greedy")
 _OWN = ("index", "calibration", "crossover", "impl", "speculative_target")
 
 
@@ -26,7 +26,7 @@ class PluginOptions:
         impl: "auto", "cpu", "triton" or "reference".
         speculative_target: where model runner V1 verifies drafts, it says nothing about its
             requests: "dense" computes all logits; "search" searches, and requests that need every
-            logit are refused.
+            logit are refused; "greedy" reads less, and all but plain greedy requests are refused.
         codes: fields of `CodesOptions`.
     """
 

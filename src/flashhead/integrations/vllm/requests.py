@@ -32,7 +32,7 @@ except ImportError:  # vLLM before 0.26: with any processor installed it takes m
 GROUP = "vllm.logits_processors"
 _log = logging.getLogger("vllm.flashhead")
 _trackers: "weakref.WeakValueDictionary[str, RowNeeds]" = weakref.WeakValueDictionary()
-_refusals: list[str] = []
+_least_served: "list[Need]" = []
 
 
 class Need(enum.IntEnum):
@@ -44,6 +44,10 @@ class Need(enum.IntEnum):
     """All logits, within the KL budget: sampling, with or without top-k, top-p, min-p."""
     WINNER = 2
     """The largest logit, certified: greedy decoding."""
+
+
+SPECULATIVE_NEEDS = {"dense": Need.DENSE, "search": Need.LOGITS, "greedy": Need.WINNER}
+"""What rows get, by the option `speculative_target`, where nothing tells them apart."""
 
 
 def need_of(params: SamplingParams) -> Need:
@@ -94,11 +98,13 @@ class RowNeeds(ProcessorV1, ProcessorV2):
 
     @classmethod
     def validate_params(cls, params: SamplingParams) -> None:
-        """Refuse what `speculative_target="search"` cannot serve."""
-        if _refusals and need_of(params) is Need.DENSE:
+        """Refuse what the engine's `speculative_target` cannot serve."""
+        if _least_served and need_of(params) < max(_least_served):
+            greedy = max(_least_served) is Need.WINNER
             raise ValueError(
-                "structured output, penalties, biases, allowed or bad tokens, min_tokens and "
-                f"log-probabilities need every logit: not with {_refusals[0]}"
+                f"flashhead's speculative_target={'greedy' if greedy else 'search'!r} serves no "
+                "structured output, penalties, biases, allowed or bad tokens, min_tokens or "
+                f"log-probabilities{' and no temperature above 0' if greedy else ''}"
             )
 
     def is_argmax_invariant(self) -> bool:
@@ -145,10 +151,9 @@ def tracker_of(instance: str) -> RowNeeds | None:
     return _trackers.get(instance)
 
 
-def refuse_dense_requests(reason: str) -> None:
-    """From now on requests that need every logit are refused in this process, with a reason."""
-    if reason not in _refusals:
-        _refusals.append(reason)
+def refuse_below(need: Need) -> None:
+    """From now on requests that need more are refused in this process."""
+    _least_served.append(need)
 
 
 def _other_processors(vllm_config: Any) -> str:
