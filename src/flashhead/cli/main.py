@@ -20,6 +20,7 @@ from flashhead._version import __version__
 from flashhead.cli import (
     bench_decode,
     bench_head,
+    bench_vllm,
     chat,
     convert,
     demo,
@@ -27,6 +28,7 @@ from flashhead.cli import (
     eval_head,
     eval_logprobs,
     eval_sampling,
+    eval_vllm,
     generate,
     inspect,
     serve,
@@ -58,9 +60,11 @@ def build_parser() -> Parser:
     eval_logprobs.add_parser(evaluations)
     eval_sampling.add_parser(evaluations)
     eval_frontier.add_parser(evaluations)
+    eval_vllm.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)
+    bench_vllm.add_parser(benchmarks)
     return parser
 
 

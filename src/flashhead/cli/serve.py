@@ -19,6 +19,7 @@ from typing import Any
 from flashhead.cli.arguments import Parser, assignment, command, integer
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.vllm.options import read_options
+from flashhead.integrations.vllm.serving import serve_command
 
 QUANTIZATION = "flashhead"
 """Name under which vLLM knows the head."""
@@ -131,7 +132,7 @@ def plan(args: argparse.Namespace) -> Launch:
     build = _build_of(distribution, version)
     unset = {name: value for name, value in CPU_ENVIRONMENT.items() if not os.environ.get(name)}
     return Launch(
-        [*_server(distribution, source), *arguments, *args.extra],
+        [*serve_command(source), *arguments, *args.extra],
         unset if build == "cpu" else {},
         build,
         version,
@@ -153,15 +154,6 @@ def _build_of(distribution: str, version: str) -> str:
     target = os.environ.get("VLLM_TARGET_DEVICE")
     is_cpu = "cpu" in (target, distribution.removeprefix("vllm-")) or "cpu" in version
     return "cpu" if is_cpu or sys.platform == "darwin" else "gpu"
-
-
-def _server(distribution: str, source: str) -> list[str]:
-    """The program; `vllm` itself may not be on the path."""
-    if distribution == "vllm":
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source]
-    # `vllm serve` looks up the version of the distribution "vllm" and fails where it has another
-    # name; the module behind it takes the same arguments
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source]
 
 
 def _names_flashhead(source: str) -> bool:

@@ -47,6 +47,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.trust_remote_code = engine.model_config.trust_remote_code
         self.head: FlashHead | None = None
         self.dense_rows = self.index_bytes = 0
+        self.is_gathered = False
         self._reported = time.monotonic()
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +71,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.inner.process_weights_after_loading(layer)
         if not self.is_head and self.config.has_lm_head:
             return
+        self.is_gathered = layer.tp_size > 1
         options, start = self.config.options, time.perf_counter()
         weight, first_row, vocab_size = _own_rows(layer)
         if not len(weight):
@@ -110,12 +112,12 @@ class FlashHeadMethod(QuantizeMethodBase):
         """Logits of hidden states, of this rank's rows of the vocabulary."""
         head = self.head
         if head is None:
-            return self.inner.apply(layer, x, bias)
+            return self._dense(layer, x, bias)
         states = x.reshape(-1, x.shape[-1])
         winner, logits = self._split(len(states), head)
         if not (winner or logits) or not _is_searchable(states, head):
             self.dense_rows += len(states)
-            return self.inner.apply(layer, x, bias)
+            return self._dense(layer, x, bias)
         out = states.new_empty(len(states), layer.num_embeddings_per_partition, dtype=torch.float32)
         out[:, head.out_features :] = -torch.inf
         dense = [row for row in range(len(states)) if row not in {*winner, *logits}]
@@ -127,6 +129,11 @@ class FlashHeadMethod(QuantizeMethodBase):
             _fill(out, dense, self.inner.apply(layer, _rows_of(states, dense), bias))
         self._report()
         return out.view(*x.shape[:-1], -1)
+
+    def _dense(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The inner product; in float32 where ranks are gathered, as another may have searched."""
+        logits: Tensor = self.inner.apply(layer, x, bias)
+        return logits.float() if self.is_gathered else logits
 
     def _split(self, count: int, head: FlashHead) -> tuple[list[int], list[int]]:
         """Rows to be searched for their winner, and for their logits."""
@@ -210,7 +217,7 @@ def _own_rows(layer: Any) -> tuple[Tensor, int, int]:
 
 
 def _is_draft(engine: Any, model: str | None) -> bool:
-    """Whether the model proposes and another verifies; while it loads, the engine's is the draft's."""
+    """Whether the model proposes what another verifies."""
     speculative = engine.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     if draft is None:
