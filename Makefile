@@ -36,6 +36,7 @@ test: lint
 # vLLM's workers read and write their own environment: only what the tests need goes in
 test-vllm: $(STAMP_VLLM)
 	@$(BIN_VLLM)/python -m pytest -q tests/engines $(TESTARGS)
+	@$(BIN_VLLM)/flashhead eval vllm --model smollm2-135m --tokens 32
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -1,0 +1,191 @@
+"""Engines beside the plain one: quantized bodies, experts, adapters, speculation, ranks.
+
+Greedy tokens of a searched head are float32's, those of a dense bf16 head are not always: where two
+texts part, the dense engine's logits of the two tokens must be within one step of bf16.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import checkpoints
+import torch
+from safetensors.torch import save_file
+
+from flashhead.models import embedded_folder
+
+HERE = Path(__file__).parent
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "1, 2, 3, 4, 5, 6, 7, 8,",
+    "The quick brown fox jumps over the lazy dog. The quick brown fox",
+]
+TOKENS = 24
+UNSET = ("TRITON_INTERPRET", "OMP_WAIT_POLICY")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return embedded_folder("smollm2-135m")
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """Greedy texts of one engine in a process of its own."""
+
+    def run(engine, *, dense=False, params=None, lora=None, **environment):
+        greedy = {"temperature": 0, "max_tokens": TOKENS}
+        if dense:
+            engine = {**engine, "logprobs_mode": "raw_logits"}
+            greedy["logprobs"] = 5
+        job = {
+            "engine": {"quantization": "flashhead", **engine},
+            "prompts": PROMPTS,
+            "params": params or [greedy] * len(PROMPTS),
+            "lora": lora,
+        }
+        out = tmp_path / "answer.json"
+        out.unlink(missing_ok=True)
+        kept = {"VLLM_CPU_KVCACHE_SPACE": "1", "FLASHHEAD_ENABLED": "0" if dense else "1"}
+        done = subprocess.run(
+            [sys.executable, str(HERE / "generate.py"), json.dumps(job), str(out)],
+            env=inherited() | kept | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = json.loads(out.read_text())
+        assert bool(answer["heads"]) != dense
+        return answer
+
+    return run
+
+
+def inherited():
+    """The environment without what tests/conftest.py sets for kernels in this process."""
+    return {name: value for name, value in os.environ.items() if name not in UNSET}
+
+
+def options(**values):
+    """What `--hf-overrides` takes; every batch of these tests is searched."""
+    return {"hf_overrides": {"flashhead_options": {"crossover": 16, **values}}}
+
+
+def require_equal(flash, dense):
+    """The same tokens, or the dense head's logits tie where they part."""
+    for ours, theirs in zip(flash["answers"], dense["answers"], strict=True):
+        pairs = list(zip(ours["tokens"], theirs["tokens"], strict=False))
+        apart = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+        if apart is None:
+            assert len(ours["tokens"]) == len(theirs["tokens"])
+            continue
+        logits = theirs["logprobs"][apart]
+        a, b = (str(token) for token in pairs[apart])
+        assert a in logits, f"{a} is not among the best of the dense head at {apart}"
+        step = 2.0 ** (math.floor(math.log2(abs(logits[b]))) - 7)
+        assert logits[b] - logits[a] <= step, (apart, logits)
+
+
+def require_searched(answer):
+    """The fast path ran and proved what it said."""
+    (head,) = (head for head in answer["heads"] if not head["draft"])
+    assert head["searched_rows"] >= TOKENS
+    assert head["dense_rows"] == 0
+    assert head["certified_fraction"] == 1
+    assert head["bytes_fraction"] < 0.25
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4a16"])
+def test_quantized_body(kind, smollm2, converted_folder, generate, tmp_path):
+    """A checkpoint's own quantization that is lost, or a head that is not searched with it."""
+    model = str(checkpoints.quantized(smollm2, tmp_path / kind, kind))
+    flash = generate({"model": model, **options(index=str(converted_folder))})
+    require_searched(flash)
+    require_equal(flash, generate({"model": model}, dense=True))
+
+
+def test_experts_and_an_index_built_at_load(smollm2, generate, tmp_path):
+    """Expert layers that get no method; an index of an unmodified checkpoint that is not built."""
+    model = str(checkpoints.mixture_of_experts(smollm2, tmp_path / "moe"))
+    flash = generate(
+        {"model": model, **options(calibration_tokens=1024)},
+        FLASHHEAD_CACHE=str(tmp_path / "cache"),
+    )
+    require_searched(flash)
+    assert len(list((tmp_path / "cache" / "indexes").glob("moe-*/flashhead"))) == 1
+    require_equal(flash, generate({"model": model}, dense=True))
+
+
+def test_adapter_on_the_body(converted_folder, generate, tmp_path):
+    """Logits of another model's hidden states: an adapter that is not applied, or not searched."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    torch.manual_seed(0)
+    weights = {}
+    for layer in range(30):
+        for name, rows in (("q_proj", 576), ("v_proj", 192)):
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{stem}.lora_A.weight"] = (torch.randn(8, 576) * 0.02).bfloat16()
+            weights[f"{stem}.lora_B.weight"] = (torch.randn(rows, 8) * 0.2).bfloat16()
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    config |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    engine = {"model": str(converted_folder), "enable_lora": True, "max_lora_rank": 8}
+    flash = generate({**engine, **options()}, lora=str(adapter))
+    require_searched(flash)
+    plain = generate({**engine, **options()})
+    assert [a["tokens"] for a in flash["answers"]] != [a["tokens"] for a in plain["answers"]]
+    require_equal(flash, generate(engine, dense=True, lora=str(adapter)))
+
+
+def test_speculation(smollm2, converted_folder, generate):
+    """Speculation that changes the text, or heads that it leaves dense."""
+    engine = {"model": str(converted_folder), "max_num_seqs": 4}
+    plain = generate({**engine, **options()})
+    greedy = options(speculative_target="greedy")
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    flash = generate({**engine, **greedy, "speculative_config": ngram})
+    require_searched(flash)
+    assert [a["tokens"] for a in flash["answers"]] == [a["tokens"] for a in plain["answers"]]
+
+    draft = {"method": "draft_model", "model": str(smollm2), "num_speculative_tokens": 2}
+    draft |= {"quantization": "flashhead"}
+    flash = generate({**engine, **greedy, "speculative_config": draft})
+    require_searched(flash)
+    (proposer,) = (head for head in flash["heads"] if head["draft"])
+    assert proposer["searched_rows"] > 0
+    assert [a["tokens"] for a in flash["answers"]] == [a["tokens"] for a in plain["answers"]]
+
+
+def test_speculation_verified_by_the_dense_head(converted_folder, generate):
+    """Nobody tells the rows of V1's verification apart: without leave they must all be dense."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    engine = {"model": str(converted_folder), "speculative_config": ngram}
+    structured = {"temperature": 0, "max_tokens": 8, "structured_outputs": None, "logprobs": 2}
+    params = [structured] * len(PROMPTS)
+    answer = generate({**engine, **options()}, params=params)
+    (head,) = answer["heads"]
+    assert (head["searched_rows"], head["dense_rows"] > 0) == (0, True)
+
+
+def test_ranks(converted_folder, generate):
+    """Shards whose candidates are compared wrongly, or an index that is cut at the wrong row."""
+    gemma = embedded_folder("gemma-3-270m")
+    engine = {"model": str(gemma), "tensor_parallel_size": 2}
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    flash = generate({**engine, **options(calibration_tokens=1024)}, **cores)
+    assert len(flash["heads"]) == 2
+    for head in flash["heads"]:
+        assert head["searched_rows"] >= TOKENS
+        assert head["dense_rows"] == 0
+    require_equal(flash, generate(engine, dense=True, **cores))

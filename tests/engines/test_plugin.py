@@ -1,0 +1,188 @@
+"""What the plugin decides before any model runs: needs of rows, options, wrapped configs."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import types
+
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
+
+from flashhead.errors import FlashHeadError
+from flashhead.integrations.vllm import requests
+from flashhead.integrations.vllm.config import FlashHeadConfig
+from flashhead.integrations.vllm.options import read_options
+from flashhead.integrations.vllm.plugin import register
+from flashhead.integrations.vllm.requests import Need, RowNeeds, need_of, refuse_below, tracker_of
+
+GREEDY = SamplingParams(temperature=0)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, seed=1)
+DENSE = SamplingParams(temperature=0, logprobs=1)
+EVERY_LOGIT = {
+    "structured_outputs": StructuredOutputsParams(choice=["a", "b"]),
+    "logit_bias": {5: 1.0},
+    "allowed_token_ids": [1, 2],
+    "bad_words": ["x"],
+    "min_tokens": 3,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.1,
+    "presence_penalty": -0.1,
+    "logprobs": 0,
+    "prompt_logprobs": 0,
+    "logprob_token_ids": [3],
+}
+
+
+@pytest.fixture
+def tracker():
+    return RowNeeds(engine("one"), "cpu", False)
+
+
+def engine(name, processors=None):
+    model = types.SimpleNamespace(logits_processors=processors)
+    return types.SimpleNamespace(instance_id=name, model_config=model)
+
+
+def update(size, added=(), removed=(), moved=()):
+    return BatchUpdate(
+        batch_size=size,
+        removed=list(removed),
+        added=[(row, params, [], []) for row, params in added],
+        moved=list(moved),
+    )
+
+
+@pytest.mark.parametrize("name", EVERY_LOGIT)
+def test_what_needs_every_logit(name):
+    """An estimate that decides a mask, a penalty or a log-probability, with silence about it."""
+    for temperature in (0, 1):
+        params = SamplingParams(temperature=temperature, **{name: EVERY_LOGIT[name]})
+        assert need_of(params) is Need.DENSE
+
+
+def test_what_is_searched():
+    """A request that gets more logits than it needs, or fewer."""
+    assert need_of(GREEDY) is Need.WINNER
+    assert need_of(SAMPLED) is Need.LOGITS
+    assert need_of(SamplingParams(temperature=0, stop=["a"], stop_token_ids=[3], n=1)) is (
+        Need.WINNER
+    )
+
+
+def test_rows_follow_the_batch(tracker):
+    """A row served by the needs of a request that left it or moved."""
+    tracker.update_state(update(3, [(0, GREEDY), (1, DENSE), (2, SAMPLED)]))
+    assert tracker.of_rows(3) == [Need.WINNER, Need.DENSE, Need.LOGITS]
+    tracker.update_state(None)
+    assert tracker.of_rows(3) == [Need.WINNER, Need.DENSE, Need.LOGITS]
+    tracker.update_state(update(2, removed=[0], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)]))
+    assert tracker.of_rows(2) == [Need.LOGITS, Need.DENSE]
+    tracker.update_state(update(2, moved=[(0, 1, MoveDirectionality.SWAP)]))
+    assert tracker.of_rows(2) == [Need.DENSE, Need.LOGITS]
+    tracker.update_state(update(2, [(0, GREEDY)]))
+    assert tracker.of_rows(2) == [Need.WINNER, Need.LOGITS]
+
+
+def test_rows_nobody_told_of(tracker):
+    """A dummy batch, or the positions of a prompt, taken for the requests of the batch."""
+    assert tracker.of_rows(2) == [Need.DENSE] * 2
+    tracker.update_state(update(2, [(0, GREEDY), (1, GREEDY)]))
+    assert tracker.of_rows(3) == [Need.DENSE] * 3
+    tracker.update_state(None)
+    assert tracker.of_rows(2) == [Need.WINNER] * 2
+    assert tracker.of_rows(2) == [Need.DENSE] * 2  # a second call of the step
+
+
+def test_slots(tracker):
+    """Model runner V2, where a slot's request may still run: never fewer logits than it needs."""
+    for slot, params in enumerate((GREEDY, SAMPLED)):
+        assert tracker.add_request(slot, params) is False
+    tracker.apply_staged_writes()
+    assert tracker.of_rows(5) == [Need.LOGITS] * 5
+    tracker.add_request(7, DENSE)
+    assert tracker.of_rows(1) == [Need.DENSE]
+    for slot in (1, 7):
+        tracker.add_request(slot, GREEDY)
+    assert tracker.of_rows(2) == [Need.WINNER] * 2
+
+
+def test_both_interfaces(tracker):
+    """A processor that one of the model runners refuses, or that changes logits."""
+    assert issubclass(RowNeeds, ProcessorV1)
+    assert issubclass(RowNeeds, ProcessorV2)
+    assert tracker.is_argmax_invariant()
+    logits = object()
+    assert tracker.apply(logits) is logits
+    assert tracker.apply(logits, "context") is logits
+    assert tracker_of("one") is tracker
+    assert tracker_of("another") is None
+
+
+def test_processors_of_others():
+    """A stranger's processor that reads estimates for exact logits."""
+    tracker = RowNeeds(engine("two", ["their.module:Processor"]))
+    tracker.update_state(update(1, [(0, GREEDY)]))
+    assert tracker.of_rows(1) == [Need.DENSE]
+
+
+def test_refusals(monkeypatch):
+    """A request that the head cannot serve and that nobody refuses."""
+    monkeypatch.setattr(requests, "_least_served", [])
+    RowNeeds.validate_params(DENSE)
+    refuse_below(Need.LOGITS)
+    RowNeeds.validate_params(SAMPLED)
+    with pytest.raises(ValueError, match="speculative_target='search'"):
+        RowNeeds.validate_params(DENSE)
+    refuse_below(Need.WINNER)
+    RowNeeds.validate_params(GREEDY)
+    with pytest.raises(ValueError, match="no temperature above 0"):
+        RowNeeds.validate_params(SAMPLED)
+
+
+def test_options():
+    """A misspelt option that is ignored."""
+    read = read_options({"bits": 2, "crossover": 4, "calibration": "none"})
+    assert (read.codes.bits, read.crossover, read.calibration) == (2, 4, "none")
+    for values, message in (
+        ({"bit": 2}, "'bit' is unknown"),
+        ({"calibration": "some"}, "calibration='some'"),
+        ({"speculative_target": 1}, "speculative_target=1"),
+        ({"index": 3}, "index=3"),
+        ({"bits": 9}, "bits=9"),
+    ):
+        with pytest.raises(FlashHeadError, match=message):
+            read_options(values)
+
+
+def test_wrapped_config():
+    """A checkpoint's own quantization that is replaced instead of wrapped."""
+    register()
+    register()
+    theirs = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {},
+        "ignore": ["lm_head"],
+    }
+    claims = FlashHeadConfig.override_quantization_method
+    assert claims(theirs, "flashhead") == "flashhead"
+    assert claims(theirs, None) is None
+    assert claims(theirs, "compressed-tensors") is None
+    converted = types.SimpleNamespace(flashhead={"index": "codes"})
+    assert claims(theirs, None, hf_config=converted) == "flashhead"
+    assert claims({"quant_method": "flashhead"}, None) == "flashhead"
+    config = FlashHeadConfig.from_config(theirs)
+    assert type(config.inner).__name__ == "CompressedTensorsConfig"
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj"]}
+    assert config.inner.packed_modules_mapping == {"qkv_proj": ["q_proj"]}
+    both = FlashHeadConfig.from_config({"quant_method": "flashhead", "bits": 2, "inner": theirs})
+    assert both.options.codes.bits == 2
+    assert type(both.inner).__name__ == "CompressedTensorsConfig"
+    plain = FlashHeadConfig.from_config({"quant_method": "flashhead"})
+    assert plain.inner is None
+    hf_config = types.SimpleNamespace(flashhead_options={"bits": 4})
+    plain.maybe_update_config("model", hf_config=hf_config)
+    assert (plain.model, plain.options.codes.bits) == ("model", 4)
