@@ -35,7 +35,7 @@ from typing import Any
 
 import psutil
 from soak_clients import Tally, ask, client_of
-from soak_requests import Request, draw, fixed_set
+from soak_requests import COMPLETIONS, Request, draw, fixed_set
 from tqdm import tqdm
 
 import flashhead.evaluate
@@ -52,9 +52,8 @@ MOST_LISTED = 50
 ARGUMENTS = ("--served-model-name", "model", "--quantization", "flashhead", "--enforce-eager")
 CONTEXT_TOKENS = 2048
 BLOCKS = 96
-"""Of the KV cache, 128 tokens each: so few that all are soon in use, and requests wait or are begun
-again for want of room. Memory of a block becomes resident when it is first written to.
-"""
+"""Of the KV cache: so few that requests wait, or are begun again, for want of room."""
+BLOCK_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Load:
 
 async def soak(server: Server, tally: Tally, load: Load, minutes: float, name: str) -> None:
     """All clients at once, and the clock beside them; in the end the fixed set, one by one."""
+    fill_cache(server, load.tokens)
     start = time.monotonic()
     end = start + 60 * minutes
 
@@ -167,6 +167,14 @@ def text_tokens(server: Server) -> list[int]:
     return list(server.post("/tokenize", body)["tokens"])
 
 
+def fill_cache(server: Server, tokens: list[int]) -> None:
+    """Write to all of the KV cache: its memory becomes resident when it is first written to."""
+    length = CONTEXT_TOKENS - BLOCK_TOKENS
+    for number in range(2 * BLOCKS * BLOCK_TOKENS // length):
+        prompt = [tokens[(7 * number + i) % len(tokens)] for i in range(length)]
+        server.post(COMPLETIONS, {"model": "model", "prompt": prompt, "max_tokens": 1})
+
+
 def requests_left(server: Server) -> int:
     """Requests that the engine still has, once those of clients that left had time to end."""
     deadline = time.monotonic() + QUIET_SECONDS
@@ -182,7 +190,7 @@ def requests_left(server: Server) -> int:
 def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     """Dense, then FlashHead, then the verdict."""
     more = [*ARGUMENTS, "--max-model-len", str(CONTEXT_TOKENS)]
-    more += ["--num-gpu-blocks-override", str(BLOCKS)]
+    more += ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK_TOKENS)]
     if args.crossover is not None:
         options = {"flashhead_options": {"crossover": args.crossover}}
         more += ["--hf-overrides", json.dumps(options)]

@@ -13,7 +13,7 @@ GROUP = 64
 
 
 def quantized(source: Path, out: Path, kind: str) -> Path:
-    """The model of `source`, its linear layers rounded to nearest, in the format compressed-tensors.
+    """The model of `source`, linear layers rounded to nearest, in compressed-tensors' format.
 
     Args:
         source: bf16 folder without an index.

@@ -2,10 +2,12 @@
 
 Both engines are loaded, each in a process of its own; in each round the one and then the other
 decodes the same prompts, in turn the one or the other first. What counts is the median over the
-rounds of the two times' ratio, which other load on the machine hardly moves.
+rounds of the two times' ratio, which other load on the machine hardly moves. The processes of the
+one that waits are stopped (SIGSTOP): vLLM's would spin, and take the other's cores.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -54,8 +56,11 @@ def bench_served(
     """
     job = {"model": model, "engine": engine, "prompts": list(prompts), "tokens": tokens}
     with contextlib.ExitStack() as stack:
-        sides = {side: stack.enter_context(_engine(side, job)) for side in SIDES}
-        versions = {side: _answer(sides[side]) for side in SIDES}
+        sides: dict[str, _Engine] = {}
+        versions = {}
+        for side in SIDES:  # one after the other: they share the cores
+            sides[side] = stack.enter_context(_engine(side, job))
+            versions[side] = sides[side].answer()
         bar = stack.enter_context(tqdm(total=len(batches) * (repeats + 1), desc="rounds"))
         rows = [_time(sides, batch, repeats, tokens, bar) for batch in batches]
     return {
@@ -88,15 +93,14 @@ def format_served(document: dict[str, Any]) -> str:
 
 
 def _time(
-    sides: dict[str, Connection], batch: int, repeats: int, tokens: int, bar: Any
+    sides: dict[str, "_Engine"], batch: int, repeats: int, tokens: int, bar: Any
 ) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     last: dict[str, Any] = {}
     before: dict[str, Any] = {}
     for number in range(-1, repeats):
         for side in SIDES if number % 2 else reversed(SIDES):
-            sides[side].send_bytes(str(batch).encode())
-            last[side] = _answer(sides[side])
+            last[side] = sides[side].ask(str(batch))
             if number >= 0:  # the first round compiles and warms up
                 seconds[side].append(last[side]["seconds"])
         if number < 0:
@@ -134,8 +138,33 @@ def _counted(heads: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """A child process that holds an engine, and all that it has started.
+
+    Args:
+        pipe: to it.
+        group: its process group.
+    """
+
+    pipe: Connection
+    group: int
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """Let it run until it has answered."""
+        os.killpg(self.group, signal.SIGCONT)
+        self.pipe.send_bytes(question.encode())
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for an answer, then stop it."""
+        answer: dict[str, Any] = json.loads(self.pipe.recv_bytes())
+        os.killpg(self.group, signal.SIGSTOP)
+        return answer
+
+
 @contextlib.contextmanager
-def _engine(side: str, job: dict[str, Any]) -> Iterator[Connection]:
+def _engine(side: str, job: dict[str, Any]) -> Iterator[_Engine]:
     """An engine in a process group of its own, which ends with the context."""
     enabled = "1" if side == "flashhead" else "0"
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -153,7 +182,7 @@ def _engine(side: str, job: dict[str, Any]) -> Iterator[Connection]:
         print(f"loading the {side} engine ...", file=sys.stderr, flush=True)
         try:
             ours.send_bytes(json.dumps(job).encode())
-            yield ours
+            yield _Engine(ours, child.pid)
         except (EOFError, ConnectionError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(2)
@@ -167,6 +196,8 @@ def _engine(side: str, job: dict[str, Any]) -> Iterator[Connection]:
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
     """End an engine and its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGCONT)
     for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
@@ -178,8 +209,3 @@ def _cause(log: str) -> str:
     """The line of a log that says what went wrong."""
     lines = [line for line in log.splitlines() if "Error" in line]
     return lines[-1] if lines else (log.splitlines() or ["it said nothing"])[-1]
-
-
-def _answer(connection: Connection) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(connection.recv_bytes())
-    return answer

@@ -33,7 +33,7 @@ STOP_SECONDS = 30.0
 """The server has so long to end after SIGTERM."""
 WORKERS_SECONDS = 5.0
 """What it has started has so long to end after it."""
-REQUEST_SECONDS = 60.0
+REQUEST_SECONDS = 180.0
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # brings /collective_rpc
     "VLLM_NO_USAGE_STATS": "1",
