@@ -34,6 +34,7 @@ STOP_SECONDS = 30.0
 WORKERS_SECONDS = 5.0
 """What it has started has so long to end after it."""
 REQUEST_SECONDS = 180.0
+HEALTH_SECONDS = 20.0
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # brings /collective_rpc
     "VLLM_NO_USAGE_STATS": "1",
@@ -151,11 +152,17 @@ class Server:
     def is_healthy(self) -> bool:
         """Whether it answers /health, which asks the engine too."""
         try:
-            return self.send("GET", "/health")[0] == 200
+            return self.send("GET", "/health", timeout_s=HEALTH_SECONDS)[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 
-    def send(self, method: str, path: str, data: bytes | None = None) -> tuple[int, bytes]:
+    def send(
+        self,
+        method: str,
+        path: str,
+        data: bytes | None = None,
+        timeout_s: float = REQUEST_SECONDS,
+    ) -> tuple[int, bytes]:
         """One request as it is; the status and the body of its answer, an error's as well.
 
         Raises:
@@ -165,7 +172,7 @@ class Server:
             self.url + path, data, {"Content-Type": "application/json"}, method=method
         )
         try:
-            with _OPENER.open(request, timeout=REQUEST_SECONDS) as answer:
+            with _OPENER.open(request, timeout=timeout_s) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
