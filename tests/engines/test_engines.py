@@ -189,3 +189,24 @@ def test_ranks(converted_folder, generate):
         assert head["searched_rows"] >= TOKENS
         assert head["dense_rows"] == 0
     require_equal(flash, generate(engine, dense=True, **cores))
+
+
+def test_bench(converted_folder):
+    """Engines that are stopped in the wrong order, or a table of one that did not search."""
+    command = [sys.executable, "-m", "flashhead.cli", "bench", "vllm", "--json"]
+    command += ["--model", str(converted_folder), "--batches", "1", "--tokens", "8"]
+    command += ["--repeats", "2", "--engine", '{"enforce_eager": true}']
+    done = subprocess.run(command, env=inherited(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (row["searched_fraction"], len(row["seconds"]["dense"])) == (1, 2)
+    assert 0.05 < row["bytes_fraction"] < 0.25
+    broken = subprocess.run(
+        [*command, "--engine", '{"max_model_len": -7}'],
+        env=inherited(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert broken.returncode == 2
+    assert "the dense engine ended" in broken.stderr
