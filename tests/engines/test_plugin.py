@@ -43,7 +43,7 @@ def tracker():
 
 def engine(name, processors=None):
     model = types.SimpleNamespace(logits_processors=processors)
-    return types.SimpleNamespace(instance_id=name, model_config=model)
+    return types.SimpleNamespace(instance_id=name, model_config=model, quant_config=None)
 
 
 def update(size, added=(), removed=(), moved=()):
@@ -126,6 +126,24 @@ def test_processors_of_others():
     tracker = RowNeeds(engine("two", ["their.module:Processor"]))
     tracker.update_state(update(1, [(0, GREEDY)]))
     assert tracker.of_rows(1) == [Need.DENSE]
+
+
+def test_no_head_is_an_error(monkeypatch):
+    """A model served dense in silence, as its class builds its head by other means."""
+    monkeypatch.setattr(requests, "get_pp_group", lambda: types.SimpleNamespace(is_last_rank=True))
+    config = FlashHeadConfig()
+    config.maybe_update_config("model")
+    served = engine("headless")
+    served.quant_config = config
+    with pytest.raises(RuntimeError, match="no output embedding of model"):
+        RowNeeds(served).update_state(update(1, [(0, GREEDY)]))
+    with pytest.raises(RuntimeError, match="no output embedding of model"):
+        RowNeeds(served).add_request(0, GREEDY)
+    monkeypatch.setenv("FLASHHEAD_ENABLED", "0")
+    config.require_searched()
+    monkeypatch.setenv("FLASHHEAD_ENABLED", "1")
+    config.keeps_head = True
+    config.require_searched()
 
 
 def test_refusals(monkeypatch):

@@ -52,7 +52,7 @@ class FlashHeadConfig(QuantizationConfig):
         self.model: str | None = None
         self.revision: str | None = None
         self.heads: list[FlashHeadMethod] = []
-        self.has_lm_head = False
+        self.has_lm_head = self.keeps_head = False
 
     @property
     def packed_modules_mapping(self) -> dict[str, list[str]]:
@@ -147,10 +147,23 @@ class FlashHeadConfig(QuantizationConfig):
                 "%s is quantized by the checkpoint (%s): it stays so and is not searched",
                 *(prefix, type(inner).__name__),
             )
+            self.keeps_head |= is_head
             return inner
         method = FlashHeadMethod(inner, self, prefix, is_head)
         self.heads.append(method)
         return method
+
+    def require_searched(self) -> None:
+        """Refuse to serve a model whose head was not found, instead of serving it dense.
+
+        Raises:
+            RuntimeError: no output embedding came by, nor one that the checkpoint quantizes.
+        """
+        if is_enabled() and not self.keeps_head and not any(head.is_ready for head in self.heads):
+            raise RuntimeError(
+                f"flashhead: no output embedding of {self.model} is a ParallelLMHead or a tied "
+                "VocabParallelEmbedding of vLLM's: serve it without --quantization flashhead"
+            )
 
 
 def _serves_as_head() -> bool:

@@ -47,7 +47,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.trust_remote_code = engine.model_config.trust_remote_code
         self.head: FlashHead | None = None
         self.dense_rows = self.index_bytes = 0
-        self.is_gathered = False
+        self.is_gathered = self.is_ready = False
         self._reported = time.monotonic()
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.inner.process_weights_after_loading(layer)
         if not self.is_head and self.config.has_lm_head:
             return
-        self.is_gathered = layer.tp_size > 1
+        self.is_gathered, self.is_ready = layer.tp_size > 1, True
         options, start = self.config.options, time.perf_counter()
         weight, first_row, vocab_size = _own_rows(layer)
         if not len(weight):

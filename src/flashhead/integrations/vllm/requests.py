@@ -20,6 +20,7 @@ import logging
 import weakref
 from typing import Any
 
+from vllm.distributed import get_pp_group
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.sample.logits_processor import process_dict_updates
@@ -87,6 +88,7 @@ class RowNeeds(ProcessorV1, ProcessorV2):
         self._by_slot: dict[int, Need] = {}
         self._rows: int | None = None
         self._calls = 0
+        self._config = vllm_config.quant_config
         self._others = _other_processors(vllm_config)
         if self._others:
             _log.warning(
@@ -115,6 +117,7 @@ class RowNeeds(ProcessorV1, ProcessorV2):
         """V1, before each step: which request each row is."""
         self._calls = 0
         if batch_update is not None:
+            self._require_searched()
             self._rows = batch_update.batch_size
             process_dict_updates(
                 self._by_row, batch_update, lambda params, _prompt, _output: need_of(params)
@@ -122,8 +125,16 @@ class RowNeeds(ProcessorV1, ProcessorV2):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request gets a slot."""
+        self._require_searched()
         self._by_slot[req_idx] = need_of(sampling_params)
         return False
+
+    def _require_searched(self) -> None:
+        """Once, before the first request is served: a head that was not found is an error."""
+        check = getattr(self._config, "require_searched", None)
+        self._config = None
+        if check is not None and get_pp_group().is_last_rank:
+            check()
 
     def apply_staged_writes(self) -> None:
         """V2, before each step."""
