@@ -10,7 +10,7 @@ import httpx2  # what openai speaks HTTP with; it lets errors amid a stream thro
 import openai
 from soak_requests import CHAT, Request, problem_of
 
-from flashhead.integrations.vllm.answers import (
+from flashhead.integrations.vllm.openai_answers import (
     WITH_TOKENS,
     Answer,
     Difference,

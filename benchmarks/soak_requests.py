@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flashhead.integrations.vllm.answers import read_answers
+from flashhead.integrations.vllm.openai_answers import read_answers
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import flashhead.evaluate
 from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
-from flashhead.integrations.vllm.answers import Answer, ask_for_tokens, read_answers
+from flashhead.integrations.vllm.openai_answers import Answer, ask_for_tokens, read_answers
 from flashhead.integrations.vllm.serving import Server, ServerError
 
 SAMPLE_SECONDS = 10.0

@@ -4,31 +4,10 @@ import pytest
 import torch
 from greedy import differences
 
+from flashhead.evaluate.features import PROMPTS
 from flashhead.integrations.transformers import attach, load_dense, load_tokenizer
 from flashhead.models import embedded_folder
 
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):\n",
-    "The three laws of thermodynamics say that",
-    "To bake a loaf of bread, first",
-    "In 1969, Neil Armstrong",
-    "SELECT name, count(*) FROM",
-    "Photosynthesis is the process by which",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "The quick brown fox",
-    "La ville de Paris est",
-    "Die wichtigste Erfindung des Menschen ist",
-    "1, 1, 2, 3, 5, 8, 13,",
-    "A good password should",
-    "The mitochondria of a cell",
-    "import numpy as np\n\nx = np.",
-    "Shakespeare's most famous play",
-    "Water boils at",
-    "The stock market fell today because",
-    "Question: What is 17 times 3?\nAnswer:",
-]
 TOKENS = 64
 
 

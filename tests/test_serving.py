@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flashhead.integrations.vllm.answers import (
+from flashhead.integrations.vllm.openai_answers import (
     Answer,
     Difference,
     ask_for_tokens,

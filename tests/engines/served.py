@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from flashhead.integrations.vllm.answers import Answer, compare, read_answers
+from flashhead.integrations.vllm.openai_answers import Answer, compare, read_answers
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

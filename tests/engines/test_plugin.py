@@ -194,6 +194,8 @@ def test_wrapped_config():
     assert claims({"quant_method": "flashhead"}, None) == "flashhead"
     config = FlashHeadConfig.from_config(theirs)
     assert type(config.inner).__name__ == "CompressedTensorsConfig"
+    assert config.get_min_capability() == config.inner.get_min_capability() > 0
+    assert FlashHeadConfig().get_min_capability() == 0
     config.packed_modules_mapping = {"qkv_proj": ["q_proj"]}
     assert config.inner.packed_modules_mapping == {"qkv_proj": ["q_proj"]}
     both = FlashHeadConfig.from_config({"quant_method": "flashhead", "bits": 2, "inner": theirs})

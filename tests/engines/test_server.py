@@ -30,7 +30,7 @@ from served import (
     text_of_chunk,
 )
 
-from flashhead.integrations.vllm.answers import WITH_TOKENS, Answer, ask_for_tokens
+from flashhead.integrations.vllm.openai_answers import WITH_TOKENS, Answer, ask_for_tokens
 from flashhead.integrations.vllm.serving import Server
 
 pytest.importorskip("vllm")

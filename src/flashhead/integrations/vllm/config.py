@@ -46,6 +46,8 @@ class FlashHeadConfig(QuantizationConfig):
         self, inner: QuantizationConfig | None = None, values: dict[str, Any] | None = None
     ) -> None:
         self.inner = inner
+        if inner is not None:  # vLLM asks the config of the engine, not its class
+            self.get_min_capability = inner.get_min_capability  # type: ignore[method-assign]
         super().__init__()
         self.values = values or {}
         self.options: PluginOptions = read_options(self.values)
@@ -77,7 +79,7 @@ class FlashHeadConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Compute capability: the inner config checks its own."""
+        """Compute capability: of the inner method, where there is one."""
         return 0
 
     @staticmethod

@@ -4,6 +4,8 @@ import os
 
 SWITCH = "FLASHHEAD_ENABLED"
 METHOD = "flashhead"
+WORKER = "flashhead.integrations.vllm.worker.FlashHeadWorker"
+"""Extension of vLLM's workers that tells what was searched, as vLLM is given it."""
 
 
 def register() -> None:

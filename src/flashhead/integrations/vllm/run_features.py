@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-WORKER = "flashhead.integrations.vllm.worker.FlashHeadWorker"
+from flashhead.integrations.vllm.plugin import WORKER
 
 
 def main() -> None:

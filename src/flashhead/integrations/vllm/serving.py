@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from flashhead.integrations.vllm.plugin import WORKER
+
 HOST = "127.0.0.1"
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
@@ -41,7 +43,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-WORKER = "flashhead.integrations.vllm.worker.FlashHeadWorker"
 _PR_SET_PDEATHSIG = 1
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

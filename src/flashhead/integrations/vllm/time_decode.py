@@ -12,7 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-WORKER = "flashhead.integrations.vllm.worker.FlashHeadWorker"
+from flashhead.integrations.vllm.plugin import WORKER
 
 
 def main() -> None:
