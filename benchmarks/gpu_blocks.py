@@ -34,32 +34,17 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
     """Blocks to try, by the part they change."""
     change = lambda **values: dataclasses.replace(ops.BLOCKS, **values)  # noqa: E731
     shares = [
-        change(select_programs=p, rows=r, share_mass=m)
-        for p, r, m in ((1, 16, 256), (2, 16, 256), (4, 16, 512), (2, 32, 512))
+        change(select_programs=p, rows=r, mass_programs=m)
+        for p, r, m in ((1, 16, 2), (2, 16, 4), (4, 16, 8), (2, 8, 4))
     ]
     if batch == 1:
         scans = [
-            change(scan_warps=k, scan_blocks=b, scan_group=g, scan_ready=r)
-            for k, b, g, r in (
-                (4, 16, 8, 16), (4, 32, 8, 16), (2, 16, 8, 16), (8, 32, 8, 16), (4, 16, 8, 8),
-            )
-        ]  # fmt: skip
+            change(bit_warps=w, bit_registers=r, bit_programs=p)
+            for w, r, p in ((4, 48, 5), (4, 48, 3), (8, 48, 2), (4, 96, 3), (2, 48, 8))
+        ]
+        scans.append(change(bit_products=False))
         return {"scan": scans, "share": shares}
-    few = ((4, 8, 3, 2, 8), (4, 8, 3, 3, 8), (4, 4, 4, 2, 8), (4, 4, 5, 3, 8), (8, 8, 2, 3, 8))
-    many = (
-        (8, 8, 1, 2, 32), (8, 8, 1, 3, 32), (4, 4, 2, 2, 32), (4, 4, 3, 2, 16), (4, 8, 2, 2, 16),
-        (4, 8, 3, 2, 8),
-    )  # fmt: skip
-    scans = [
-        change(
-            batch_warps=k,
-            batch_blocks=(b, b, b),
-            batch_programs=(p, p, p),
-            batch_stages=(s, s, s),
-            batch_states=n,
-        )
-        for k, b, p, s, n in (few if batch <= 8 else many)
-    ]
+    scans = [change(), change(batch_stages=(2, 2, 2)), change(batch_programs=(2, 2, 2))]
     return {"scan": scans, "share": shares}
 
 

@@ -44,7 +44,8 @@ MOST_SPILLED_BYTES = 64
 SMALL = (1003, 200, Layout(32, 32, 128, 2))
 SMALL_ONE_PLANE = (1003, 200, Layout(32, 32, 128, 1))
 GEMMA = (262_144, 640, Layout(32, 64, 544, 2))
-"""Rows, dimensions and layout of an index; the last one is Gemma-3-270M's."""
+LLAMA = (128_256, 2048, Layout(96, 224, 1728, 2))
+"""Rows, dimensions and layout of an index; Gemma-3-270M's and Llama-3.2-1B's."""
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,7 +93,7 @@ class CodesCase:
             new(sum(layout.dims), d, dtype=torch.bfloat16),
             new(2, d),
             new(3, 8),
-            new(layout.packed_words + 1, dtype=torch.int32),
+            new(3 * layout.packed_words + 1, dtype=torch.int32),
         ]
         drawn = [new(n), new(n, dtype=torch.int64), new(n, dtype=torch.int64)]
         call = codes._Call(
@@ -205,6 +206,8 @@ def query_case(name: str, head: tuple[int, int, Layout], states: int, **options:
     return CodesCase(f"{name} by {states}", head, 8, steps, blocks=blocks, **options)
 
 
+LANES = dataclasses.replace(codes.BLOCKS, bit_products=False)
+"""Without binary products."""
 GREEDY, COMPLETE = ("query", "bounds", "select"), ("query+sums", "estimates", "complete")
 FLOAT32 = {"head": SMALL_ONE_PLANE, "dtype": torch.float32}
 SMALL_CASES = [
@@ -224,6 +227,8 @@ SMALL_CASES = [
     CodesCase("small", SMALL, 32, ("query+sums", "bounds")),
     CodesCase("small float32", n=1, steps=("query", "bounds", "select"), **FLOAT32),
     CodesCase("small float32", n=8, steps=("query", "bounds", "complete"), **FLOAT32),
+    CodesCase("small without binary products", SMALL, 1, GREEDY, blocks=LANES),
+    CodesCase("small without binary products", SMALL, 8, GREEDY, blocks=LANES),
     NoiseCase(),
     SearchCase(151_936, 896, 9496, torch.bfloat16, "int8"),
     SearchCase(9000, 575, 577, torch.float16, "int4", always=3, bias=True, winner_only=False),
@@ -242,6 +247,12 @@ GEMMA_CASES = [
     CodesCase("gemma drawn", GEMMA, 1, ("bounds", "select"), noise=True),
     CodesCase("gemma", GEMMA, 1, GREEDY),
     CodesCase("gemma", GEMMA, 1, COMPLETE),
+    CodesCase("gemma", GEMMA, 8, ("select", "complete")),
+    CodesCase("gemma without binary products", GEMMA, 1, GREEDY, blocks=LANES),
+    CodesCase("gemma without binary products", GEMMA, 8, GREEDY, blocks=LANES),
+    CodesCase("gemma without binary products", GEMMA, 32, ("bounds",), blocks=LANES),
+    CodesCase("llama", LLAMA, 1, GREEDY),
+    CodesCase("llama", LLAMA, 8, (*GREEDY, "complete")),
 ]
 """For sm_90 alone; they may not spill registers."""
 
@@ -294,6 +305,7 @@ def compile_case(task: tuple[int, Any]) -> list[str]:
     changes: list[tuple[Any, str, Any]] = [
         (triton.JITFunction, "run", compile_only),
         (codes, "_has_assembly", lambda _: True),
+        (codes, "_has_bit_products", lambda _: capability < 100),
         (codes, "_has_pdl", lambda _: capability >= 90),
         (codes, "_multiprocessors", lambda _: 132),
         (probe, "require_one_gpu", lambda *_: None),

@@ -170,6 +170,68 @@ def test_dtypes_and_bias(dtype):
     assert torch.equal(logits.argmax(1).cpu(), found.tokens.cpu())
 
 
+def test_bit_planes_give_the_same_estimates(case, monkeypatch):
+    """Popcounts of codes and planes, summed up here, are the scan's integer dot products."""
+    n = 1
+    hidden = case.hidden[:n].contiguous().to(DEVICE)
+    codes = case.search.codes
+    wanted = ops.scan(hidden, case.search.weight, None, codes).cpu()
+    monkeypatch.setattr(ops, "_has_bit_products", lambda _: True)
+    counters = torch.zeros(ops.COUNTERS, dtype=torch.int32, device=DEVICE)
+    totals = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    call = ops._Call(
+        hidden, case.search.weight, None, codes.tensors, codes.sizes, [], counters, totals, 5.0,
+        codes.reach, ops.BLOCKS,
+    )  # fmt: skip
+    call.prepare()
+    numbers, planes = call.numbers[:n].cpu(), call.bit_planes.cpu()
+    words = codes.base.cpu().transpose(1, 2).flatten(0, 1)[: len(case.weight)]  # [V, words]
+    lanes = torch.arange(32, dtype=torch.int64)
+
+    def bits_of(x):  # type: ignore[no-untyped-def]
+        return (x.long()[..., None] >> lanes) & 1
+
+    codes_bits, plane_bits = bits_of(words), bits_of(planes)  # [V, words, 32], [n, groups, 8, 32]
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, -128])
+    queries = (plane_bits * weights[:, None]).sum(2)  # coordinates where codes have their low bits
+    _, at2, at1 = codes.layout.plane_groups
+    d4, d2, _ = codes.layout.dims
+    dots = torch.zeros(3, n, len(case.weight))
+    for w in range(codes.layout.words):
+        low, high = codes_bits[:, w].clone(), codes_bits[:, w].roll(-1, 1)
+        low[:, 1::2], high[:, 1::2] = 0, 0
+        two_bits = low + 2 * high
+        if w < d4 // 8:
+            part = (queries[:, w % (d4 // 16)] @ two_bits.T) * (4 if w < d4 // 16 else 1)
+            dots[0] += part
+        elif w < d4 // 8 + d2 // 16:
+            dots[1] += queries[:, at2 + w - d4 // 8] @ two_bits.T
+        else:
+            place = at1 + 2 * (w - d4 // 8 - d2 // 16)
+            dots[2] += (queries[:, place] + queries[:, place + 1]) @ codes_bits[:, w].T
+    found = codes.direction.cpu() * numbers[:, 6:7] + numbers[:, 7:8]
+    slots = [slot for slot in range(3) if codes.layout.dims[slot] > 0]
+    for row, slot in enumerate(slots):
+        centre = codes.constants[slot, 1].cpu()
+        dot = dots[slot] - centre * numbers[:, 3 + slot, None]
+        found = found + codes.scale[row].cpu().float() * numbers[:, slot, None] * dot
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_scans_agree(case, monkeypatch):
+    """Binary products and integer dot products: the same estimates but for rounding."""
+    hidden = case.hidden[:1].contiguous().to(DEVICE)
+    ours = ops.scan(hidden, case.search.weight, None, case.search.codes)
+    found = case.search.next_token(hidden, 1e-6)
+    monkeypatch.setattr(ops, "BLOCKS", dataclasses.replace(ops.BLOCKS, bit_products=False))
+    other = ops.scan(hidden, case.search.weight, None, case.search.codes)
+    assert (ours - other).abs().max() <= 1e-5 * other.abs().max()
+    fresh = DeviceSearch(case.index, case.search.weight, None)
+    assert torch.equal(found.tokens, fresh.next_token(hidden, 1e-6).tokens)
+
+
 def test_query_by_dot_products_equals_the_long_way(monkeypatch):
     """16-bit hidden states take the tensor cores: the interpreter sees that path in float32."""
     weight, hidden = clustered_head(320, 300)  # two steps of 256, the second not full

@@ -59,7 +59,7 @@ class DeviceNextToken(NextToken):
     @property
     def scores(self) -> Tensor:
         """`float32[n]`, exact scores of the tokens: logit, bias and noise."""
-        return self.answers[5].to(torch.int32).view(torch.float32)
+        return self.answers[5].view(torch.int32)[::2].view(torch.float32)  # little-endian
 
     answers: Tensor
 

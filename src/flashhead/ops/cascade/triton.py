@@ -20,15 +20,21 @@ from flashhead.index.bound import z_score
 from flashhead.index.codes import BLOCK_ROWS, CodesIndex
 from flashhead.ops.cascade import triton_kernels as kernels
 from flashhead.ops.scan import triton as scan_one
-from flashhead.ops.scan import triton_batch, triton_query
+from flashhead.ops.scan import triton_batch, triton_bits, triton_query
 from flashhead.ops.scan.layout import NUMBERS, Layout, constants_of, make_layout, pack_table
 
-CUTS, CUTS_A_NAT = 64, 2.5
-"""Where rows may be left, in steps below the peak: 25 nats."""
 MOST_STATES = 256
 """Hidden states of a launch."""
-COUNTERS = 2 * 17 * MOST_STATES
-"""int32 that the kernels leave at zero: arrivals of the query kernel, then of the selection."""
+MOST_ROWS = 1 << kernels.ROW_BITS.value
+"""Rows of a head."""
+MOST_SHARE = 2**13
+"""Rows that a program of the selection can have at once."""
+MOST_PROGRAMS = 4096
+"""Of the selection."""
+COUNTERS = 2 * 17 * MOST_STATES + MOST_PROGRAMS
+"""int32 that the kernels leave at zero: arrivals of the query kernel, then of the selection; rows
+that its programs have listed.
+"""
 ANSWERS = 8
 """Rows of what `next_token` returns."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,7 +53,7 @@ class DeviceIndex:
         transform: `bfloat16[D, d]`.
         exact: `float32[2, d]`.
         constants: `float32[3, 8]`.
-        table: `int32[packed_words]`.
+        table: `int32[3 packed_words + 1]`.
         reach: largest |direction|.
     """
 
@@ -105,6 +111,10 @@ class Blocks:
         scan_group: words a step of the loop, one query.
         scan_ready: words on their way, the first ones before the query exists, one query.
         scan_warps: of a program, one query.
+        bit_products: scan a single query by binary products, where the card has them.
+        bit_warps: of a program of that scan.
+        bit_registers: of a thread, for codes of two tiles.
+        bit_programs: programs a multiprocessor.
         batch_from: hidden states from which the tensor cores run.
         batch_blocks: blocks of 16 rows a tile, several queries: for up to 8, 16, 32.
         batch_words: words a step.
@@ -113,7 +123,8 @@ class Blocks:
         batch_stages: tiles in flight, likewise.
         batch_states: hidden states that share one read of the codes, at most.
         select_programs: programs a multiprocessor of the selection.
-        share_mass: rows a program of the sums for complete logits.
+        mass_rows: rows at once of the counts for complete logits.
+        mass_programs: programs a multiprocessor of these.
         rows: rows that are refined together.
         query_bytes: that all programs of the query kernel together may read.
     """
@@ -122,6 +133,10 @@ class Blocks:
     scan_group: int = 8
     scan_ready: int = 16
     scan_warps: int = 4
+    bit_products: bool = True
+    bit_warps: int = 4
+    bit_registers: int = 48
+    bit_programs: int = 5
     batch_from: int = 2
     batch_blocks: tuple[int, int, int] = (8, 4, 4)
     batch_words: int = 8
@@ -130,7 +145,8 @@ class Blocks:
     batch_stages: tuple[int, int, int] = (3, 2, 2)
     batch_states: int = 32
     select_programs: int = 2
-    share_mass: int = 256
+    mass_rows: int = 1024
+    mass_programs: int = 4
     rows: int = 16
     query_bytes: int = 2**25
 
@@ -154,6 +170,12 @@ def _multiprocessors(device: torch.device) -> int:
 def _has_assembly(device: torch.device) -> bool:
     """Whether PTX can be used: an NVIDIA device that is not interpreted."""
     return device.type == "cuda" and torch.version.cuda is not None and not INTERPRETED
+
+
+@functools.cache
+def _has_bit_products(device: torch.device) -> bool:
+    """Whether the tensor cores multiply bits; later cards emulate it."""
+    return _has_assembly(device) and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
 @functools.cache
@@ -191,13 +213,21 @@ class _Call:
         self.coded = new(n, sum(layout.dims))
         self.parts = new(n, 2, sum(layout.dims) // 16)
         self.query = new(n, layout.packed_words, dtype=torch.int32)
+        self.plane_groups = layout.plane_groups
+        # the scan by binary products; if it does not run, any pointers
+        self.bits = n == 1 and self.blocks.bit_products and _has_bit_products(device)
+        self.bits = self.bits and self.share <= MOST_SHARE
+        self.bit_planes, self.keys = self.query, self.query
+        if self.bits:
+            self.bit_planes = new(n, self.plane_groups[0], 8, dtype=torch.int32)
+            self.keys = new(n, self.scan_programs, dtype=torch.int64)
         self.numbers = new(padded, NUMBERS)
         self.scores = new(n, self.vocab_size)
         packs = new(2, padded, dtype=torch.int64)
         self.pilots, self.winners = packs[0], packs[1]
         small = new(5, padded, dtype=torch.int32)
         self.tops, self.read = small[0], small[1:].view(-1)
-        self.sums = new(n, kernels.SUM_SHARDS.value, 4 * CUTS, dtype=torch.int64)
+        self.sums = new(n, kernels.SUMS.value, dtype=torch.int32)
         self.answers = new(ANSWERS, n, dtype=torch.int64)
         bias_bytes = 0 if self.bias is None else 4 * self.vocab_size
         plane_bytes = self.index[3].shape[2] * 4
@@ -216,19 +246,24 @@ class _Call:
 
     @property
     def share(self) -> int:
-        """Rows a program of the selection: about `select_programs` programs a multiprocessor, each
-        with as many rows as it takes.
+        """Rows of a query that a program of the selection has: about `select_programs` programs a
+        multiprocessor, each with rows of all queries.
         """
         blocks = -(-self.vocab_size // BLOCK_ROWS)
         wanted = _multiprocessors(self.device) * self.blocks.select_programs
-        share = power_of_two(-(-blocks * self.n // wanted)) * BLOCK_ROWS
-        return max(256, min(share, 2**16))
+        return -(-blocks // min(wanted, MOST_PROGRAMS)) * BLOCK_ROWS
 
     @property
     def programs(self) -> int:
-        """Programs of the selection for one query."""
-        blocks = -(-self.vocab_size // BLOCK_ROWS)
-        return -(-blocks // (self.share // BLOCK_ROWS))
+        """Programs of the selection."""
+        return -(-self.vocab_size // self.share)
+
+    def tiles(self, most: int) -> dict[str, int]:
+        """How a program of the selection goes through its rows, `most` or fewer at once."""
+        # a program that scores the pilot itself has all its rows at once
+        block_v = min(MOST_SHARE if self.bits else 1024, power_of_two(self.share))
+        block_n = min(max(1, most // block_v), power_of_two(self.n))
+        return {"BLOCK_B": power_of_two(self.n), "BLOCK_N": block_n, "BLOCK_V": block_v}
 
     def later(self, warps: int, **options: Any) -> dict[str, Any]:
         """Launch options of a kernel that follows another."""
@@ -259,14 +294,15 @@ class _Call:
         block_d = 256 if dot else power_of_two(self.d)
         triton_query._query_kernel[(dims // 16 + 1, -(-self.n // states))](
             self.hidden, transform, exact, constants, table, self.coded, self.parts, self.query,
-            self.numbers, self.counters, self.pilots, self.winners, self.tops, self.read,
-            self.sums, self.n, 1.0 if self.deterministic else self.z**2, float(segments),
+            self.bit_planes, self.numbers, self.counters, self.pilots, self.winners, self.tops,
+            self.read, self.sums, self.n, 1.0 if self.deterministic else self.z**2, float(segments),
             self.reach, self.d4, self.d2,
             D_HIDDEN=self.d, DIMS=dims, PACKED=self.query.shape[1],
-            SUMS=kernels.SUM_SHARDS.value * 4 * CUTS if complete else 0, BLOCK_N=states,
+            SUMS=kernels.SUMS.value if complete else 0, BLOCK_N=states,
             BLOCK_D=max(16, min(block_d, power_of_two(self.d))), BLOCK_G=power_of_two(dims // 16),
-            BLOCK_P=power_of_two(self.query.shape[1]), DOT=dot, DETERMINISTIC=self.deterministic,
-            PDL=self.pdl, **self.later(16 if self.d > 2048 or states > 2 else 8),
+            BLOCK_P=power_of_two(self.query.shape[1]), DOT=dot, BITS=self.bits,
+            DETERMINISTIC=self.deterministic, PDL=self.pdl,
+            num_warps=16 if self.d > 2048 or states > 2 else 8,
         )  # fmt: skip
 
     def scan(self, bounds: bool) -> None:
@@ -290,6 +326,9 @@ class _Call:
         }
         fusion = {"enable_fp_fusion": not self.noise}
         sms = _multiprocessors(self.device)
+        if self.bits:
+            self._scan_bits(bounds, fusion)
+            return
         if self.n < blocks.batch_from:
             # a thread has four rows: no more threads than that
             tile = max(1, min(blocks.scan_blocks, power_of_two(nblk)))
@@ -310,54 +349,107 @@ class _Call:
             **self.later(blocks.batch_warps, **fusion),
         )  # fmt: skip
 
+    @property
+    def scan_blocks(self) -> int:
+        """Blocks of 16 rows of a tile of the scan by binary products."""
+        words = self.index[0].shape[1]
+        # eight words take four registers of a thread, and two tiles are there at once
+        own = max(1, self.blocks.bit_registers // (8 * -(-words // 8)))
+        return self.blocks.bit_warps * (power_of_two(own + 1) // 2)
+
+    @property
+    def scan_programs(self) -> int:
+        """Programs of that scan: as many as find room at once, since they stay."""
+        nblk, words, _ = self.index[0].shape
+        registers = 48 + 12 * -(-words // 8) * self.scan_blocks // self.blocks.bit_warps
+        room = 2**16 // (32 * self.blocks.bit_warps * registers)
+        programs = max(1, min(self.blocks.bit_programs, room))
+        return min(-(-nblk // self.scan_blocks), _multiprocessors(self.device) * programs)
+
+    def _scan_bits(self, bounds: bool, fusion: dict[str, Any]) -> None:
+        """Launch the scan by binary products."""
+        base, scale, direction, _, _, _, constants, _ = self.index
+        groups, at2, at1 = self.plane_groups
+        triton_bits._scan_bits_kernel[(self.scan_programs, self.n)](
+            base.view(torch.int64), scale, direction, *self.bias_arguments(),
+            *self.noise_arguments(), self.bit_planes, self.numbers, constants, self.scores,
+            self.keys, self.vocab_size, base.shape[0], **self.dims, PLANES=groups, AT2=at2,
+            AT1=at1, BLOCKS=self.scan_blocks, WARPS=self.blocks.bit_warps, BOUNDS=bounds,
+            HAS_BIAS=self.bias is not None, HAS_NOISE=bool(self.noise), PDL=self.pdl,
+            **self.later(self.blocks.bit_warps, **fusion),
+        )  # fmt: skip
+
+    @property
+    def keys_block(self) -> int:
+        """Program results of the scan, padded; 0: it has scored its pilots itself."""
+        return max(4, power_of_two(self.keys.shape[1])) if self.bits else 0
+
     def select(self) -> None:
         """Launch the selection: tokens."""
         _, scale, _, refine, _, _, _, _ = self.index
-        lists = torch.empty(
-            self.n * self.programs * self.share, dtype=torch.int32, device=self.device
-        )
-        kernels._select_kernel[(self.programs, self.n)](
+        size = self.programs * self.n * self.share
+        lists = torch.empty(size, dtype=torch.int32, device=self.device)
+        kernels._select_kernel[(self.programs,)](
             self.scores, self.hidden, self.weight, *self.bias_arguments(), *self.noise_arguments(),
-            refine, scale, self.query, self.numbers, lists, self.pilots, self.winners,
-            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals,
-            self.vocab_size, *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes,
-            SHARE=self.share, BLOCK_V=min(2048, self.share), BLOCK_R=self.blocks.rows,
-            BLOCK_D=power_of_two(self.d), HAS_BIAS=self.bias is not None,
-            HAS_NOISE=bool(self.noise), DETERMINISTIC=self.deterministic, FAST=self.fast,
-            PDL=self.pdl, **self.later(4, enable_fp_fusion=not self.noise),
+            refine, scale, self.query, self.numbers, lists, self.lengths, self.keys, self.pilots,
+            self.winners, self.done, self.read, self.answers, self.totals, self.keys.shape[-1],
+            self.n, self.vocab_size, *self.bytes, D_HIDDEN=self.d, **self.dims, PLANES=self.planes,
+            SHARE=self.share, **self.tiles(4096), BLOCK_R=self.rows, BLOCK_D=power_of_two(self.d),
+            BLOCK_K=self.keys_block, HAS_BIAS=self.bias is not None, HAS_NOISE=bool(self.noise),
+            DETERMINISTIC=self.deterministic, FAST=self.fast, PDL=self.pdl,
+            **self.later(self.warps, enable_fp_fusion=not self.noise),
         )  # fmt: skip
+
+    @property
+    def done(self) -> Tensor:
+        """Counters of arrivals at the selection."""
+        return self.counters[17 * MOST_STATES :]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Counters of the rows that each program of the selection has listed."""
+        return self.counters[2 * 17 * MOST_STATES :]
+
+    @property
+    def rows(self) -> int:
+        """Rows that are refined together: few of one query, so that less waits for the last."""
+        return self.blocks.rows // 2 if self.n == 1 else self.blocks.rows
+
+    @property
+    def warps(self) -> int:
+        """Of a program of the selection: rows of several queries need more registers."""
+        return 4 if self.n == 1 else 8
 
     def complete(self, budget: float) -> None:
         """Launch the three kernels of complete logits."""
         _, scale, _, refine, _, _, _, _ = self.index
-        programs, share, rows = self.programs, self.share, self.n * self.programs
-
-        def new(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=self.device)
-
-        lists, counts = new(rows * share), new(rows)
-        grid = (programs, self.n)
-        cuts = {"CUTS": CUTS, "PER_NAT": CUTS_A_NAT, "PDL": self.pdl, **self.dims}
-        mass = self.blocks.share_mass
+        programs, share = self.programs, self.share
+        lists = torch.empty(programs * self.n * share, dtype=torch.int32, device=self.device)
+        cuts = torch.empty(self.n, 4, dtype=torch.float32, device=self.device)
+        block = self.blocks.mass_rows
+        wanted = _multiprocessors(self.device) * self.blocks.mass_programs
+        mass = -(-self.vocab_size * self.n // (wanted * block)) * block
         kernels._mass_kernel[(-(-self.vocab_size // mass), self.n)](
-            self.scores, scale, self.numbers, self.pilots, self.tops, self.sums, self.vocab_size,
-            SHARE_MASS=mass, BLOCK_V=min(64, mass), **cuts, **self.later(4),
+            self.scores, scale, self.hidden, self.weight, self.bias_arguments()[0], self.numbers,
+            self.keys, self.pilots, self.tops, self.sums, self.sums.view(torch.int64), cuts,
+            self.done, self.keys.shape[-1], self.vocab_size, budget, mass, D_HIDDEN=self.d,
+            BLOCK_V=block, BLOCK_D=power_of_two(self.d), BLOCK_K=self.keys_block,
+            HAS_BIAS=self.bias is not None, PDL=self.pdl, **self.dims, **self.later(4),
         )  # fmt: skip
-        more = {"PLANES": self.planes, "SHARE": share, **cuts}
-        kernels._refine_kernel[grid](
+        more = {"PLANES": self.planes, "SHARE": share, "PDL": self.pdl, **self.dims}
+        kernels._refine_kernel[(programs,)](
             self.scores, refine, scale, self.query, self.numbers, self.pilots, self.tops,
-            self.sums, lists, counts, self.read, self.vocab_size, budget,
-            BLOCK_V=min(1024, share),
-            BLOCK_R=self.blocks.rows, FAST=self.fast, **more, **self.later(4),
+            self.sums, cuts, lists, self.lengths, self.done, self.read, self.n, self.vocab_size,
+            BLOCK_R=self.rows, FAST=self.fast, **self.tiles(2048), **more,
+            **self.later(self.warps),
         )  # fmt: skip
-        kernels._exact_kernel[grid](
+        kernels._exact_kernel[(programs,)](
             self.scores, self.hidden, self.weight, *self.bias_arguments(), refine, scale,
-            self.numbers, self.pilots, self.winners, self.tops, self.sums, lists, counts,
-            self.counters[17 * MOST_STATES :], self.read, self.answers, self.totals,
-            self.vocab_size, *self.bytes, budget, D_HIDDEN=self.d, BLOCK_R=self.blocks.rows,
+            self.numbers, self.pilots, self.winners, self.tops, cuts, lists, self.lengths,
+            self.done, self.read, self.answers, self.totals, self.n, self.vocab_size, *self.bytes,
+            D_HIDDEN=self.d, BLOCK_B=power_of_two(self.n), BLOCK_R=self.rows,
             BLOCK_D=min(512, self.block_d), HAS_BIAS=self.bias is not None,
-            DETERMINISTIC=self.deterministic, **more,
-            **self.later(4),
+            DETERMINISTIC=self.deterministic, **more, **self.later(self.warps),
         )  # fmt: skip
 
 
@@ -458,5 +550,7 @@ def check(weight: Tensor) -> None:
     """Raise FlashHeadError unless the operators can take this head's weight."""
     if not weight.is_contiguous():
         raise FlashHeadError("the head's weight is not contiguous")
+    if len(weight) > MOST_ROWS:
+        raise FlashHeadError(f"the head has {len(weight)} rows: the kernels take {MOST_ROWS}")
     if weight.device.type != "cuda" and not INTERPRETED:
         raise FlashHeadError(f"the head is on {str(weight.device)!r}: the kernels need a GPU")

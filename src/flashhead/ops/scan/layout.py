@@ -7,7 +7,9 @@ plane of codes meets word w of the same field:
     pack(D, width)[field][word], byte j = q[word * 32 / width + 4 * field + j]      (0 beyond D)
 
 for slots 0, 1, 2 at two bits (planes of `refine`, and the base of slots 0 and 1), then slot 2 at
-one bit (its base). The words of a field are padded to multiples of 4, as in `refine`. The numbers
+one bit (its base). The words of a field are padded to multiples of 4, as in `refine`. A query alone
+is packed once more as bit planes for binary products (`triton_bits`), int32[packed_words / 4, 8]
+for each group of four fields (`pack_table`) and each bit of the coordinates. The numbers
 of a query (`NUMBER_*`) are float32[32]:
 
     mult_g = step of the query * step of the segment     qsum_g = sum of q
@@ -63,6 +65,14 @@ class Layout:
         return sum(-(-d // 64) * 4 for d in self.dims)
 
     @property
+    def plane_groups(self) -> tuple[int, int, int]:
+        """Groups of fields of a query as bit planes; those before the two-bit segment's, and
+        before the one-bit segment's.
+        """
+        two_bits = [padded_words(d, 2) for d in self.dims]
+        return self.packed_words // 4, two_bits[0], sum(two_bits)
+
+    @property
     def packed_words(self) -> int:
         """Words of a packed query."""
         return sum(4 * padded_words(d, 2) for d in self.dims) + 8 * padded_words(self.d1, 1)
@@ -90,19 +100,26 @@ def make_layout(index: CodesIndex) -> Layout:
 
 
 def pack_table(layout: Layout, device: torch.device) -> Tensor:
-    """Coordinate of the first byte of each packed word, -1 for padding; then how many words the
-    one-bit section has: int32[packed_words + 1].
+    """How a query is packed: int32[3 packed_words + 1].
+
+    The fields of a word follow each other here, four to a group: two-bit words are one group,
+    one-bit words two. For each: coordinate of its first byte or -1 for padding; its place in the
+    packed query; the bit of the codes' word that its first coordinate meets. Then how many fields
+    the one-bit section has.
     """
-    parts, starts = [], (0, layout.d4, layout.d4 + layout.d2)
-    sections = [(0, 2), (1, 2), (2, 2), (2, 1)]
-    for slot, width in sections:
-        dims, fields = layout.dims[slot], 8 // width
-        words = torch.arange(padded_words(dims, width))
-        first = words[None] * (32 // width) + 4 * torch.arange(fields)[:, None]
-        inside = words[None] * (32 // width) < dims
-        parts.append(torch.where(inside, starts[slot] + first, -1).flatten())
-    parts.append(torch.tensor([8 * padded_words(layout.d1, 1)]))
-    return torch.cat(parts).to(torch.int32).to(device)
+    rows: list[list[Tensor]] = [[], [], []]
+    at, starts = 0, (0, layout.d4, layout.d4 + layout.d2)
+    for slot, width in ((0, 2), (1, 2), (2, 2), (2, 1)):
+        dims, fields = layout.dims[slot], torch.arange(8 // width)[None]
+        words = torch.arange(padded_words(dims, width))[:, None]
+        inside = words * (32 // width) < dims
+        first = starts[slot] + words * (32 // width) + 4 * fields
+        rows[0].append(torch.where(inside, first, -1).flatten())
+        rows[1].append((at + fields * len(words) + words).flatten())
+        rows[2].append((fields * width + 0 * words).flatten())
+        at += len(words) * fields.numel()
+    ones = torch.tensor([8 * padded_words(layout.d1, 1)])
+    return torch.cat([*(torch.cat(row) for row in rows), ones]).to(torch.int32).to(device)
 
 
 def constants_of(index: CodesIndex, device: torch.device) -> Tensor:

@@ -54,12 +54,13 @@ def _segment_numbers(
 
 @triton.jit
 def _quantise(
-    coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4, D2,
-    DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    coded, parts, n, here, c0, c1, c2, place, target, bit, two_bits, query, planes, numbers, z2,
+    segments, D4, D2, DIMS: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BITS: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """Steps, numbers and packed bytes of some hidden states; `parts` are the largest value and
-    the energy of each group of 16 coordinates. All loads are on their way at once.
+    """Steps, numbers, packed bytes and, for BITS, bit planes of some hidden states; `parts` are the
+    largest value and the energy of each group of 16 coordinates. All loads are on their way at
+    once.
     """
     GROUPS: tl.constexpr = DIMS // 16
     g = tl.arange(0, BLOCK_G)
@@ -89,8 +90,17 @@ def _quantise(
     total = (q0 & 255) | ((q1 & 255) << 8) | ((q2 & 255) << 16) | (q3 << 24)
     at = tl.arange(0, BLOCK_P)
     tl.store(
-        query + n[:, None] * PACKED + at[None, :], total, here[:, None] & (at < PACKED)[None, :]
+        query + n[:, None] * PACKED + target[None, :],
+        total,
+        here[:, None] & (at < PACKED)[None, :],
     )
+    if BITS:
+        p = tl.arange(0, 8)[None, None, None, :]
+        bits = tl.reshape(total, [BLOCK_N, BLOCK_P // 4, 4])[:, :, :, None] >> p
+        bits = (bits & 0x01010101) << tl.reshape(bit, [1, BLOCK_P // 4, 4, 1])
+        group = tl.arange(0, BLOCK_P // 4)[None, :, None]
+        place = n[:, None, None] * (2 * PACKED) + group * 8 + tl.arange(0, 8)[None, None, :]
+        tl.store(planes + place, tl.sum(bits, 2), here[:, None, None] & (group < PACKED // 4))
     # the two-bit sections hold every coordinate once: their sums are the sums of q
     summed = tl.where((at < two_bits)[None, :], q0 + q1 + q2 + q3, 0)
     tl.store(own + QSUM, tl.sum(tl.where(of0, summed, 0), 1).to(tl.float32), here)
@@ -117,6 +127,7 @@ def _query_kernel(
     coded,
     parts,
     query,
+    planes,
     numbers,
     counters,
     pilots,
@@ -139,6 +150,7 @@ def _query_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DOT: tl.constexpr,
+    BITS: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -157,7 +169,9 @@ def _query_kernel(
     c0, c1, c2 = _constants(constants, 0), _constants(constants, 1), _constants(constants, 2)
     all_words = tl.arange(0, BLOCK_P)
     place = tl.load(table + all_words, all_words < PACKED, -1)
-    two_bits = PACKED - tl.load(table + PACKED)
+    target = tl.load(table + PACKED + all_words, all_words < PACKED, 0)
+    bit = tl.load(table + 2 * PACKED + all_words, all_words < PACKED, 0)
+    two_bits = PACKED - tl.load(table + 3 * PACKED)
     rows = tl.minimum(g, GROUPS - 1) * 16 + tl.arange(0, 16)
     i = tl.arange(0, BLOCK_D)
     if not DOT:  # one step of BLOCK_D
@@ -187,7 +201,7 @@ def _query_kernel(
         )
         if SUMS > 0:
             all_sums = tl.arange(0, SUMS)
-            nothing = tl.zeros([BLOCK_N, SUMS], tl.int64)
+            nothing = tl.zeros([BLOCK_N, SUMS], tl.int32)
             tl.store(sums + n[:, None] * SUMS + all_sums[None, :], nothing, here[:, None])
     else:
         own_part = parts + n * (2 * GROUPS) + g
@@ -223,6 +237,7 @@ def _query_kernel(
                 )
     if is_last(counters + 17 * tl.program_id(1), g, GROUPS + 1, SHARDS):
         _quantise(
-            coded, parts, n, here, c0, c1, c2, place, two_bits, query, numbers, z2, segments, D4,
-            D2, DIMS, PACKED, BLOCK_G, BLOCK_P, DETERMINISTIC,
+            coded, parts, n, here, c0, c1, c2, place, target, bit, two_bits, query, planes,
+            numbers, z2, segments, D4, D2, DIMS, PACKED, BLOCK_N, BLOCK_G, BLOCK_P, BITS,
+            DETERMINISTIC,
         )  # fmt: skip
