@@ -48,6 +48,10 @@ class FlashHeadConfig(QuantizationConfig):
         self.inner = inner
         if inner is not None:  # vLLM asks the config of the engine, not its class
             self.get_min_capability = inner.get_min_capability  # type: ignore[method-assign]
+            # names of KV-cache scales and tensors to skip in the checkpoint are its method's
+            for name in ("get_cache_scale_mapper", "_ignore_unexpected_suffixes"):
+                if hasattr(inner, name):
+                    setattr(self, name, getattr(inner, name))
         super().__init__()
         self.values = values or {}
         self.options: PluginOptions = read_options(self.values)

@@ -2,7 +2,8 @@
 
 Logits come back fresh and writable. Rows that need every logit are the checkpoint's own product,
 bit by bit; where all rows do, its result is returned as it is. The other rows are float32: the
-winner and what the distribution needs are exact, the rest are estimates (`nn/head.py`).
+winner and what the distribution needs are exact, the rest are estimates (`nn/head.py`). Of greedy
+rows a GPU gives the winner alone; the others are -inf.
 """
 
 import logging
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from flashhead.integrations.vllm.find_index import Head, find_index
 from flashhead.integrations.vllm.requests import SPECULATIVE_NEEDS, Need, tracker_of
+from flashhead.integrations.vllm.winners import gives_winners, searched_winners
 from flashhead.nn.head import FlashHead
 from flashhead.nn.tuning import Crossover
 
@@ -118,12 +120,17 @@ class FlashHeadMethod(QuantizeMethodBase):
         if not (winner or logits) or not _is_searchable(states, head):
             self.dense_rows += len(states)
             return self._dense(layer, x, bias)
-        out = states.new_empty(len(states), layer.num_embeddings_per_partition, dtype=torch.float32)
+        width = layer.num_embeddings_per_partition
+        if len(winner) == len(states) and gives_winners(head):  # most steps by far
+            return searched_winners(head, states, width).view(*x.shape[:-1], width)
+        out = states.new_empty(len(states), width, dtype=torch.float32)
         out[:, head.out_features :] = -torch.inf
-        dense = [row for row in range(len(states)) if row not in {*winner, *logits}]
-        for rows, search in ((winner, self._winners), (logits, self._logits)):
-            if rows:
-                _fill(out, rows, search(head, _rows_of(states, rows)))
+        searched = {*winner, *logits}
+        dense = [row for row in range(len(states)) if row not in searched]
+        if winner:
+            _fill(out, winner, self._winners(head, _rows_of(states, winner)))
+        if logits:
+            _fill(out, logits, self._logits(head, _rows_of(states, logits)))
         if dense:
             self.dense_rows += len(dense)
             _fill(out, dense, self.inner.apply(layer, _rows_of(states, dense), bias))
@@ -155,7 +162,9 @@ class FlashHeadMethod(QuantizeMethodBase):
 
     @staticmethod
     def _winners(head: FlashHead, states: Tensor) -> Tensor:
-        if head.device_search is not None:
+        if gives_winners(head):
+            return searched_winners(head, states, head.out_features)
+        if head.device_search is not None:  # clusters: tokens without scores
             return head.search(states).logits
         found = head.search_rows(states, None, winner_only=True)
         head.stats.add(found)
