@@ -180,7 +180,12 @@ def _axes(axes: "Axes", document: dict[str, Any], batches: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    ticks = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("hidden states a call")
     axes.set_ylabel("us a call")
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
