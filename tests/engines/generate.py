@@ -21,10 +21,9 @@ def main() -> None:
         **{"max_num_seqs": 8, **job["engine"]},
     )
     params = [SamplingParams(**values) for values in job["params"]]
-    more = {}
-    if job.get("lora"):
-        more["lora_request"] = LoRARequest("adapter", 1, job["lora"])
-    outputs = llm.generate(job["prompts"], params, use_tqdm=False, **more)
+    numbers = {path: number for number, path in enumerate(filter(None, job["lora"]), 1)}
+    adapters = [path and LoRARequest(path, numbers[path], path) for path in job["lora"]]
+    outputs = llm.generate(job["prompts"], params, use_tqdm=False, lora_request=adapters)
     answers = [
         {
             "tokens": list(output.outputs[0].token_ids),

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import bare_head
 import checkpoints
 import torch
 from safetensors.torch import save_file
@@ -41,16 +42,16 @@ def smollm2() -> Path:
 def generate(tmp_path):
     """Greedy texts of one engine in a process of its own."""
 
-    def run(engine, *, dense=False, params=None, lora=None, **environment):
+    def run(engine, *, dense=False, params=None, lora=None, prompts=PROMPTS, **environment):
         greedy = {"temperature": 0, "max_tokens": TOKENS}
         if dense:
             engine = {**engine, "logprobs_mode": "raw_logits"}
             greedy["logprobs"] = 5
         job = {
             "engine": {"quantization": "flashhead", **engine},
-            "prompts": PROMPTS,
-            "params": params or [greedy] * len(PROMPTS),
-            "lora": lora,
+            "prompts": prompts,
+            "params": params or [greedy] * len(prompts),
+            "lora": lora or [None] * len(prompts),
         }
         out = tmp_path / "answer.json"
         out.unlink(missing_ok=True)
@@ -104,13 +105,31 @@ def require_searched(answer):
     assert head["bytes_fraction"] < 0.25
 
 
-@pytest.mark.parametrize("kind", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("kind", ["w8a8", "w4a16", "w8a8-fp8", "awq", "gptq"])
 def test_quantized_body(kind, smollm2, converted_folder, generate, tmp_path):
     """A checkpoint's own quantization that is lost, or a head that is not searched with it."""
     model = str(checkpoints.quantized(smollm2, tmp_path / kind, kind))
     flash = generate({"model": model, **options(index=str(converted_folder))})
     require_searched(flash)
     require_equal(flash, generate({"model": model}, dense=True))
+
+
+def test_variant_is_served_as_it_is(generate, tmp_path):
+    """`vllm serve FOLDER` of `flashhead convert --quantize`: packed body, searched head."""
+    out = tmp_path / "SmolLM2-135M-FlashHead-W4A16"
+    command = [sys.executable, "-m", "flashhead", "convert", "smollm2-135m", str(out)]
+    done = subprocess.run(
+        [*command, "--quantize", "w4a16", "--set", "calibration_tokens=1024"],
+        env=inherited(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    engine = {"model": str(out), "quantization": None}
+    flash = generate({**engine, **options()})
+    require_searched(flash)
+    require_equal(flash, generate(engine, dense=True))
 
 
 def test_experts_and_an_index_built_at_load(smollm2, generate, tmp_path):
@@ -125,27 +144,64 @@ def test_experts_and_an_index_built_at_load(smollm2, generate, tmp_path):
     require_equal(flash, generate({"model": model}, dense=True))
 
 
-def test_adapter_on_the_body(converted_folder, generate, tmp_path):
-    """Logits of another model's hidden states: an adapter that is not applied, or not searched."""
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
+def test_head_that_is_given_no_config(converted_folder, generate, tmp_path):
+    """A model class that builds its head by itself, not found in vLLM's worker process."""
+    bare_head.install(tmp_path / "plugin")
+    path = {"PYTHONPATH": f"{HERE}{os.pathsep}{tmp_path / 'plugin'}"}
+    engine = {"model": str(converted_folder)}
+    engine["hf_overrides"] = {"architectures": ["BareHeadForCausalLM"]}
+    searched = {"hf_overrides": options()["hf_overrides"] | engine["hf_overrides"]}
+    flash = generate({**engine, **searched}, **path)
+    require_searched(flash)
+    require_equal(flash, generate(engine, dense=True, **path))
+
+
+def adapter_folder(out, shapes, scale=0.2):
+    """A random adapter of 8 dimensions.
+
+    Args:
+        out: folder to make.
+        shapes: rows of the layers that it changes, by their names in the checkpoint.
+        scale: of what it adds.
+    """
+    out.mkdir()
     torch.manual_seed(0)
     weights = {}
-    for layer in range(30):
-        for name, rows in (("q_proj", 576), ("v_proj", 192)):
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{stem}.lora_A.weight"] = (torch.randn(8, 576) * 0.02).bfloat16()
-            weights[f"{stem}.lora_B.weight"] = (torch.randn(rows, 8) * 0.2).bfloat16()
-    save_file(weights, adapter / "adapter_model.safetensors")
-    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    config |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for name, rows in shapes.items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = torch.randn(8, 576) * 0.02
+        weights[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 8) * scale
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(weights, out / "adapter_model.safetensors")
+    config = {"r": 8, "lora_alpha": 16, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    config |= {"target_modules": sorted({name.split(".")[-1] for name in shapes}), "bias": "none"}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return str(out)
+
+
+def test_adapters(converted_folder, generate, tmp_path):
+    """An adapter that is not applied; one of the body that is not searched, one of the head that
+    is: what it adds then meets estimates.
+    """
+    attention = {"q_proj": 576, "v_proj": 192}
+    body = {
+        f"model.layers.{layer}.self_attn.{name}": rows
+        for layer in range(30)
+        for name, rows in attention.items()
+    }
+    body = adapter_folder(tmp_path / "body", body)
+    head = adapter_folder(tmp_path / "head", {"lm_head": 49152}, scale=1.0)
     engine = {"model": str(converted_folder), "enable_lora": True, "max_lora_rank": 8}
-    flash = generate({**engine, **options()}, lora=str(adapter))
-    require_searched(flash)
-    plain = generate({**engine, **options()})
-    assert [a["tokens"] for a in flash["answers"]] != [a["tokens"] for a in plain["answers"]]
-    require_equal(flash, generate(engine, dense=True, lora=str(adapter)))
+    engine["max_loras"] = 3  # vLLM's CPU operators add the last slot's to rows without an adapter
+    mixed = {"lora": [head, body, None, head], "prompts": [*PROMPTS[:1] * 3, PROMPTS[1]]}
+    greedy = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+    flash = generate({**engine, **options()}, params=[greedy] * 4, **mixed)
+    (counts,) = flash["heads"]
+    assert (counts["searched_rows"], counts["dense_rows"]) == (2 * TOKENS, 2 * TOKENS)
+    assert counts["certified_fraction"] == 1
+    texts = [answer["tokens"] for answer in flash["answers"][:3]]
+    assert len({tuple(tokens) for tokens in texts}) == 3
+    told = [greedy | {"logprobs": 5}] * 4
+    require_equal(flash, generate(engine, dense=True, params=told, **mixed))
 
 
 def test_speculation(smollm2, converted_folder, generate):

@@ -4,16 +4,30 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import copy
+import pickle
 import types
 
+import checkpoints
+import torch
+from vllm.lora.layers import LogitsProcessorWithLoRA
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import fp8
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from flashhead.errors import FlashHeadError
-from flashhead.integrations.vllm import requests
+from flashhead.integrations.vllm import method, requests
+from flashhead.integrations.vllm.adapters import FlashLogitsProcessor, adapted_rows
 from flashhead.integrations.vllm.config import FlashHeadConfig
+from flashhead.integrations.vllm.layers import FlashParallelLMHead, register_layers
+from flashhead.integrations.vllm.method import FlashHeadMethod
 from flashhead.integrations.vllm.options import read_options
 from flashhead.integrations.vllm.plugin import register
 from flashhead.integrations.vllm.requests import Need, RowNeeds, need_of, refuse_below, tracker_of
@@ -206,3 +220,129 @@ def test_wrapped_config():
     hf_config = types.SimpleNamespace(flashhead_options={"bits": 4})
     plain.maybe_update_config("model", hf_config=hf_config)
     assert (plain.model, plain.options.codes.bits) == ("model", 4)
+
+
+def layer_of(kind):
+    """A layer that has its type and nothing else."""
+    layer = object.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """What layers ask of the engine that they are built for."""
+    model = types.SimpleNamespace(dtype=torch.bfloat16, trust_remote_code=False)
+    engine = types.SimpleNamespace(
+        instance_id="one", model_config=model, speculative_config=None, lora_config=None
+    )
+    for module in (method, fp8):
+        monkeypatch.setattr(module, "get_current_vllm_config", lambda: engine)
+    return engine
+
+
+SKIPPED = {
+    "awq": {"modules_to_not_convert": ["layers.1.mlp"]},
+    "gptq": {"dynamic": {r"-:.*layers\.1\.": {}}},
+    "fp8": {"ignored_layers": ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]},
+}
+METHODS = {
+    "awq": "AutoAWQMarlinLinearMethod",
+    "gptq": "AutoGPTQLinearMethod",
+    "fp8": "Fp8LinearMethod",
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_wrapped_methods(kind, serving):
+    """A layer that loses its quantization or gets one that it should not; a name not handed on."""
+    config = FlashHeadConfig.from_config(checkpoints.scheme(kind) | SKIPPED[kind])
+    inner = config.inner
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    linear = layer_of(LinearBase)
+    for name in ("gate_up_proj", "down_proj"):
+        found = config.get_quant_method(linear, f"model.layers.0.mlp.{name}")
+        assert type(found).__name__ == METHODS[kind]
+        assert type(found.quant_config) is type(inner)
+    found = config.get_quant_method(linear, "model.layers.1.mlp.gate_up_proj")
+    assert type(found) is UnquantizedLinearMethod
+    assert type(config.get_quant_method(layer_of(ParallelLMHead), "lm_head")) is FlashHeadMethod
+    assert len(config.heads) == 1
+
+    assert config.get_min_capability() == inner.get_min_capability() > 0
+    assert config.get_supported_act_dtypes() == inner.get_supported_act_dtypes()
+    assert config._ignore_unexpected_suffixes == inner._ignore_unexpected_suffixes
+    for name in ("get_cache_scale_mapper", "get_checkpoint_weight_mapper"):
+        assert getattr(config, name)() == getattr(inner, name)()
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(copied.inner) is type(inner)
+        assert copied.packed_modules_mapping is copied.inner.packed_modules_mapping
+    for name in SKIPPED[kind]:
+        assert getattr(config, name) is getattr(inner, name)
+    assert not hasattr(config, "nothing")
+    assert not hasattr(FlashHeadConfig(), "ignored_layers")
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language.model."}))
+    if kind == "fp8":
+        assert config.ignored_layers[0] == "language.model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_quantized_head(kind, serving):
+    """A quantized head taken for a plain one, or a plain one that its class gave no config."""
+    config = FlashHeadConfig.from_config(checkpoints.scheme(kind) | {"lm_head": True})
+    found = config.get_quant_method(layer_of(ParallelLMHead), "lm_head")
+    assert type(found).__name__ == METHODS[kind]
+    assert (config.keeps_head, config.heads) == (True, [])
+    bare = layer_of(FlashParallelLMHead)
+    bare.was_given_none = True
+    assert type(config.get_quant_method(bare, "lm_head")) is FlashHeadMethod
+
+
+def test_rows_with_adapters_of_the_head(serving):
+    """An adapter that comes or goes unseen; rows taken for others; rows nobody told of searched."""
+    wrapper = layer_of(LogitsProcessorWithLoRA)
+    wrapper.base_layer = layer_of(FlashLogitsProcessor)
+    wrapper.lora_a_stacked = torch.zeros(3, 1, 8, 16)
+    wrapper.lora_b_stacked = torch.zeros(3, 1, 32, 8)
+    wrapper.punica_wrapper = types.SimpleNamespace(sampler_indices=torch.tensor([2, -1, 1, 0]))
+    assert adapted_rows(wrapper.base_layer, 4) == set()
+    with torch.inference_mode():
+        assert adapted_rows(wrapper, 4) == set()
+        for slot in (1, 2):
+            wrapper.set_lora(slot, torch.ones(4, 16), torch.ones(32, 4))
+        assert adapted_rows(wrapper, 4) == {0, 1, 2}  # -1 is the last slot on a CPU
+        assert adapted_rows(wrapper, 5) == {0, 1, 2, 3, 4}
+        wrapper.reset_lora(2)
+        assert adapted_rows(wrapper, 4) == {2}
+
+    serving.lora_config = object()
+    tracker = RowNeeds(types.SimpleNamespace(**vars(serving), quant_config=None))
+    head = FlashHeadConfig().get_quant_method(layer_of(ParallelLMHead), "lm_head")
+    for adapted, needs in (
+        (set(), [Need.WINNER, Need.LOGITS]),
+        ({1}, [Need.WINNER, Need.DENSE]),
+        (None, [Need.DENSE, Need.DENSE]),
+    ):
+        tracker.update_state(update(2, [(0, GREEDY), (1, SAMPLED)]))
+        head.adapted = adapted
+        assert head._needs(2) == needs
+    serving.lora_config = None
+    head = FlashHeadConfig().get_quant_method(layer_of(ParallelLMHead), "lm_head")
+    tracker.update_state(None)
+    assert head._needs(2) == [Need.WINNER, Need.LOGITS]
+
+
+def test_layers_of_the_registry(monkeypatch):
+    """A layer of vLLM's that is no longer replaced, or not in a process that gets the config."""
+    register_layers()
+    sent = pickle.dumps(FlashHeadConfig())
+    for name in (ParallelLMHead.__name__, LogitsProcessor.__name__):
+        monkeypatch.delitem(op_registry_oot, name)
+    pickle.loads(sent)
+    register_layers()
+    for theirs, ours in (
+        (ParallelLMHead, FlashParallelLMHead),
+        (LogitsProcessor, FlashLogitsProcessor),
+    ):
+        assert op_registry_oot[theirs.__name__] is ours
+        assert type(theirs.__new__(theirs)) is ours

@@ -17,6 +17,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     add_head(parser)
     parser.add_argument(
+        "--quantize",
+        choices=["none", "w4a16", "w8a16", "w8a8-int8", "fp8"],
+        default="none",
+        help="round the linear layers to nearest, in compressed-tensors' layout; the head stays "
+        "(default: none)",
+    )
+    parser.add_argument(
         "--index-only", action="store_true", help="write the index without the model's weights"
     )
 
@@ -31,11 +38,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     source = session.open_source(args.model)
     head = args.head or "codes"
-    report = convert(source, args.out, head=head, index_only=args.index_only, **options)
+    quantize = None if args.quantize == "none" else args.quantize
+    report = convert(
+        source, args.out, head=head, index_only=args.index_only, quantize=quantize, **options
+    )
     print(
         f"wrote {args.out}: {report['head']} index of {report['index_bytes'] / 1e6:.0f} MB "
         f"beside a head of {report['head_bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"
     )
+    if report["quantize"] is not None:
+        done = report["quantize"]
+        group = "a row" if done["group_size"] is None else f"{done['group_size']} weights"
+        print(
+            f"{done['layers']} layers rounded to {done['kind']}, a scale for {group}: "
+            f"{report['model_bytes'] / 1e6:.0f} MB of weights became a folder of "
+            f"{report['folder_bytes'] / 1e6:.0f} MB with its index"
+        )
     if report["expectation"] is not None:
         _print_choice(report["expectation"])
     return {**report, "model": args.model}

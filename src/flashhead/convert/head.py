@@ -26,6 +26,7 @@ def convert(
     progress: bool = True,
     trust_remote_code: bool = False,
     index_only: bool = False,
+    quantize: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a folder that holds the model, its tokenizer and an index of its head.
@@ -40,11 +41,13 @@ def convert(
         progress: progress bars on stderr.
         trust_remote_code: run Python code that the model's folder brings.
         index_only: write the index and its `flashhead` section alone, without weights.
+        quantize: a layout for the linear layers (`quantize.PRESETS`), or None; the head stays.
         options: fields of `CodesOptions` or `ClustersOptions`.
 
     Returns:
-        What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes`, `seconds`,
-        `parameters`; and for codes `expectation`: what was chosen and why (`index.choose`).
+        What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes` (as loaded),
+        `folder_bytes`, `quantize`, `seconds`, `parameters`; and for codes `expectation`: what was
+        chosen and why (`index.choose`).
 
     Raises:
         FlashHeadError: `out` exists or its parent does not, too little disk space, or the model
@@ -61,6 +64,8 @@ def convert(
         raise FlashHeadError(f"{out} exists: nothing is written over, name another folder")
     if not out.absolute().parent.is_dir():
         raise FlashHeadError(f"{out}: its parent folder does not exist")
+    if quantize is not None and index_only:
+        raise FlashHeadError("quantize and index_only: an index alone has no layers to quantize")
     source = resolve(model, progress)
     loaded = load_dense(source, trust_remote_code=trust_remote_code)
     tokenizer = None
@@ -68,6 +73,12 @@ def convert(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
     _require_disk(out, weights // 2 if index_only else 3 * weights // 2)
+    quantized = None
+    if quantize is not None:
+        from flashhead.convert.quantize import Quantized
+
+        # before the index is built: its hidden states are those of the model that is served
+        quantized = Quantized(loaded, quantize, progress=progress)
     attachment = attach(loaded, head, progress=progress, **options)
     built, sample = attachment.head.index, attachment.head.sample
     assert built is not None
@@ -81,7 +92,12 @@ def convert(
             del loaded.config.flashhead
         path, config = folder / "config.json", {}
         if tokenizer is not None:
-            loaded.save_pretrained(folder)
+            if quantized is not None:
+                quantized.save(folder)
+            elif getattr(loaded.config, "quantization_config", None) is not None:
+                _copy_checkpoint(source, folder)
+            else:
+                loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             # a checkpoint's own quantization stays named; the plugin for vLLM sees our section
             config = {"quantization_config": {"quant_method": "flashhead"}}
@@ -97,11 +113,25 @@ def convert(
         "index_bytes": section["index_bytes"],
         "head_bytes": attachment.head.weight.numel() * attachment.head.weight.element_size(),
         "model_bytes": weights,
+        "folder_bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        "quantize": None if quantized is None else quantized.described(),
         "crossover_rows": attachment.head.crossover_rows,
         "expectation": _expectation(attachment.expectation),
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": section["parameters"],
     }
+
+
+def _copy_checkpoint(source: str, folder: Path) -> None:
+    """A checkpoint that somebody else quantized keeps its files: the loaded model is unpacked."""
+    kept = Path(source)
+    if not kept.is_dir():
+        from huggingface_hub import snapshot_download
+
+        kept = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    for pattern in ("*.safetensors", "*.safetensors.index.json", "*config.json"):
+        for path in kept.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _expectation(expected: "Expectation | None") -> dict[str, Any] | None:

@@ -136,7 +136,8 @@ def load(
 def load_dense(
     source: str, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM as it is: safetensors or GGUF only, never pickled weights.
+    """Load a causal LM as it is: safetensors or GGUF only, never pickled weights. Weights packed by
+    compressed-tensors are unpacked to `dtype`, since transformers has no kernels that read them.
 
     Raises:
         FlashHeadError: it is not there, not readable, or no causal LM.
@@ -164,6 +165,10 @@ def load_dense(
     ours = isinstance(quantization, dict) and quantization.get("quant_method") == "flashhead"
     if quantization is not None and (ours or path.suffix == ".gguf"):
         del model.config.quantization_config  # plain weights, or dequantized: saving would refuse
+    # the library would unpack at the first call of the whole model, too late for its parts
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
     return model.eval()
 
 

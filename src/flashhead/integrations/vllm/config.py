@@ -49,16 +49,34 @@ class FlashHeadConfig(QuantizationConfig):
         if inner is not None:  # vLLM asks the config of the engine, not its class
             self.get_min_capability = inner.get_min_capability  # type: ignore[method-assign]
             # names of KV-cache scales and tensors to skip in the checkpoint are its method's
-            for name in ("get_cache_scale_mapper", "_ignore_unexpected_suffixes"):
+            for name in (
+                "get_cache_scale_mapper",
+                "get_checkpoint_weight_mapper",
+                "_ignore_unexpected_suffixes",
+            ):
                 if hasattr(inner, name):
                     setattr(self, name, getattr(inner, name))
+        packed = {} if inner is None else inner.packed_modules_mapping
         super().__init__()
+        self.packed_modules_mapping = packed
         self.values = values or {}
         self.options: PluginOptions = read_options(self.values)
         self.model: str | None = None
         self.revision: str | None = None
         self.heads: list[FlashHeadMethod] = []
         self.has_lm_head = self.keeps_head = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What model classes read of the checkpoint's method: its ignore list, block shape, ..."""
+        inner = self.__dict__.get("inner")
+        if inner is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(inner, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Registries do not travel with a config to vLLM's worker processes: it brings its own."""
+        self.__dict__.update(state)
+        register_layers()
 
     @property
     def packed_modules_mapping(self) -> dict[str, list[str]]:
@@ -138,7 +156,9 @@ class FlashHeadConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The inner method, wrapped for the output embedding."""
-        inner = None if self.inner is None else self.inner.get_quant_method(layer, prefix)
+        inner = None
+        if self.inner is not None and not getattr(layer, "was_given_none", False):
+            inner = self.inner.get_quant_method(layer, prefix)
         if not isinstance(layer, VocabParallelEmbedding):
             if inner is None and isinstance(layer, LinearBase):
                 return UnquantizedLinearMethod()

@@ -1,20 +1,26 @@
-"""Output embeddings that are not handed a quantization config: reached by vLLM's layer registry.
+"""Layers that vLLM instantiates in place of its own, by its layer registry.
 
-Some model classes build their head without `quant_config`. vLLM instantiates a registered subclass
-in place of `ParallelLMHead`, and this one fills the config in where the engine's is ours.
+Some model classes build their head without `quant_config`: `FlashParallelLMHead` fills it in where
+the engine's is ours. vLLM would not quantize such a head whatever the checkpoint says, so it is
+searched with its plain weights. `FlashLogitsProcessor` tells which rows have adapters of the head.
 """
 
 import logging
 from typing import Any
 
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from flashhead.integrations.vllm.adapters import FlashLogitsProcessor
 
 _log = logging.getLogger("vllm.flashhead")
 
 
 class FlashParallelLMHead(ParallelLMHead):
     """`ParallelLMHead` that finds the engine's quantization config by itself."""
+
+    was_given_none = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from flashhead.integrations.vllm.config import FlashHeadConfig
@@ -24,19 +30,21 @@ class FlashParallelLMHead(ParallelLMHead):
         missing = len(args) < 7 and kwargs.get("quant_config") is None
         if missing and isinstance(engine, FlashHeadConfig):
             kwargs["quant_config"] = engine
+            kwargs["prefix"] = kwargs.get("prefix") or "lm_head"
+            self.was_given_none = True
         super().__init__(*args, **kwargs)
 
 
 def register_layers() -> None:
-    """Register the layer once; another plugin's stays."""
+    """Register the layers once; another plugin's stay."""
     from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
-    name = ParallelLMHead.__name__
-    if name not in op_registry_oot and issubclass(ParallelLMHead, PluggableLayer):
-        ParallelLMHead.register_oot(FlashParallelLMHead)
-    elif op_registry_oot.get(name) is not FlashParallelLMHead:
-        _log.warning(
-            "another plugin replaces %s: models that give their head no quantization config are "
-            "not searched",
-            name,
-        )
+    for theirs, ours, otherwise in (
+        (ParallelLMHead, FlashParallelLMHead, "heads that get no quantization config are dense"),
+        (LogitsProcessor, FlashLogitsProcessor, "engines that allow adapters are dense"),
+    ):
+        name = theirs.__name__
+        if name not in op_registry_oot and issubclass(theirs, PluggableLayer):
+            theirs.register_oot(ours)
+        elif op_registry_oot.get(name) is not ours:
+            _log.warning("another plugin replaces %s: %s", name, otherwise)

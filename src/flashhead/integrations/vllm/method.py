@@ -47,10 +47,14 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.instance = engine.instance_id
         self.is_draft = _is_draft(engine, config.model)
         self.trust_remote_code = engine.model_config.trust_remote_code
+        self.allows_adapters = engine.lora_config is not None
+        self.adapted: set[int] | None = None
+        """Rows of the batch with an adapter of the head itself; None: nobody has told."""
         self.head: FlashHead | None = None
         self.dense_rows = self.index_bytes = 0
         self.is_gathered = self.is_ready = False
         self._reported = time.monotonic()
+        self._warned = False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """The inner method's."""
@@ -157,8 +161,21 @@ class FlashHeadMethod(QuantizeMethodBase):
             return [Need.WINNER] * count
         tracker = tracker_of(self.instance)
         if tracker is not None:
-            return tracker.of_rows(count)
-        return [SPECULATIVE_NEEDS[self.config.options.speculative_target]] * count
+            needs = tracker.of_rows(count)
+        else:
+            needs = [SPECULATIVE_NEEDS[self.config.options.speculative_target]] * count
+        if not self.allows_adapters:
+            return needs
+        if self.adapted is None:
+            if not self._warned:
+                _log.warning(
+                    "the model's logits processor is not vLLM's own and does not say which "
+                    "adapters change %s: where adapters are enabled the dense head serves",
+                    self.prefix,
+                )
+            self._warned = True
+            return [Need.DENSE] * count
+        return [Need.DENSE if row in self.adapted else need for row, need in enumerate(needs)]
 
     @staticmethod
     def _winners(head: FlashHead, states: Tensor) -> Tensor:

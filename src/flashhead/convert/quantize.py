@@ -1,0 +1,174 @@
+"""Quantize a model's linear layers, in the compressed-tensors layouts that vLLM serves.
+
+Weights are rounded to nearest, by the compressed-tensors library: scales from each group's or row's
+largest weight, no calibration text. The output embedding stays as it is, for its rows are what
+FlashHead scores exactly; input embeddings, norms and biases stay too.
+"""
+
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flashhead.errors import FlashHeadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PRESETS = {"w4a16": "W4A16", "w8a16": "W8A16", "w8a8-int8": "INT8", "fp8": "FP8_DYNAMIC"}
+"""Our names and the library's: weights and activations in bits; fp8 and int8 activations are
+rounded as they come, one scale a token.
+"""
+GROUPS = (128, 64, 32)
+"""Weights that share a scale in 4 bits: the first of these that divides all layers."""
+OTHERS = 0.05
+"""Share of the weights, embeddings aside, that may lie outside of linear layers."""
+
+
+class Quantized:
+    """A model whose weights stand on their grids, still in its own dtype, until it is saved.
+
+    Args:
+        model: changed in place.
+        kind: a key of `PRESETS`.
+        progress: progress bar on stderr.
+
+    Raises:
+        FlashHeadError: the kind is unknown, the model is quantized already, or too much of it is
+            not in linear layers (fused experts, for example).
+        ImportError: compressed-tensors is not installed; the message names the command.
+    """
+
+    def __init__(self, model: "PreTrainedModel", kind: str, *, progress: bool = True) -> None:
+        _require_quantizable(model, kind)
+        ct = _library()
+        head = model.get_output_embeddings()
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        ignored = [name for name, module in model.named_modules() if module is head]
+        scheme = ct.preset_name_to_scheme(PRESETS[kind], ["Linear"])
+        if scheme.weights.group_size is not None:
+            scheme.weights.group_size = _group_of(layers, kind)
+        self.kind, self.model = kind, model
+        self.layers, self.group = len(layers), scheme.weights.group_size
+        config = ct.QuantizationConfig(
+            config_groups={"group_0": scheme},
+            ignore=ignored,
+        )
+        ct.apply_quantization_config(model, config)
+        bar = tqdm(layers.values(), desc=f"rounding to {kind}", unit="layer", disable=not progress)
+        with torch.no_grad():
+            for module in bar:
+                _round(ct, module)
+
+    def described(self) -> dict[str, Any]:
+        """What was done, JSON-able."""
+        return {"kind": self.kind, "layers": self.layers, "group_size": self.group}
+
+    def save(self, folder: Path) -> None:
+        """Write the packed weights, config.json with `quantization_config`, and the rest; the model
+        is not usable afterwards.
+        """
+        ct = _library()
+        compressor = ct.ModelCompressor.from_pretrained_model(self.model)
+        for module in self.model.modules():
+            if getattr(module, "quantization_scheme", None) is not None:
+                # the library divides in the weight's own dtype: bf16 would miss codes by one
+                module.weight.data = module.weight.data.float()
+                ct.compress_module(module)
+        compressor.quantization_config.quantization_status = ct.QuantizationStatus.COMPRESSED
+        self.model.save_pretrained(folder)
+        compressor.update_config(str(folder))
+
+
+def _library() -> Any:
+    """compressed-tensors, as one namespace."""
+    try:
+        from compressed_tensors.compressors import ModelCompressor, compress_module
+        from compressed_tensors.quantization import (
+            QuantizationConfig,
+            QuantizationStatus,
+            apply_quantization_config,
+            disable_quantization,
+            fake_quantize,
+            preset_name_to_scheme,
+        )
+        from compressed_tensors.quantization.utils import calculate_qparams
+    except ImportError as error:
+        raise ImportError(
+            "compressed-tensors is not installed: pip install 'flashhead[quantize]'",
+            name="compressed_tensors",
+        ) from error
+    return types.SimpleNamespace(
+        ModelCompressor=ModelCompressor,
+        compress_module=compress_module,
+        QuantizationConfig=QuantizationConfig,
+        QuantizationStatus=QuantizationStatus,
+        apply_quantization_config=apply_quantization_config,
+        disable_quantization=disable_quantization,
+        fake_quantize=fake_quantize,
+        preset_name_to_scheme=preset_name_to_scheme,
+        calculate_qparams=calculate_qparams,
+    )
+
+
+def _require_quantizable(model: "PreTrainedModel", kind: str) -> None:
+    if kind not in PRESETS:
+        raise FlashHeadError(f"quantize={kind!r}: wanted one of {', '.join(PRESETS)}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise FlashHeadError("the model is quantized already: convert it without --quantize")
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    head = model.get_output_embeddings()
+    embeddings |= {id(p) for p in head.parameters()}
+    linear = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)
+    } - embeddings
+    sizes = {id(p): p.numel() for p in model.parameters() if id(p) not in embeddings}
+    others = sum(size for key, size in sizes.items() if key not in linear)
+    total = sum(sizes.values())
+    if others > OTHERS * total:
+        raise FlashHeadError(
+            f"{others / max(1, total):.0%} of {type(model).__name__}'s weights are not in linear "
+            "layers, so quantizing these would leave most of it as it is: not supported"
+        )
+
+
+def _group_of(layers: dict[str, nn.Linear], kind: str) -> int:
+    for group in GROUPS:
+        if all(module.in_features % group == 0 for module in layers.values()):
+            return group
+    odd = next(name for name, m in layers.items() if m.in_features % GROUPS[-1] != 0)
+    raise FlashHeadError(
+        f"{kind}: {odd} has {layers[odd].in_features} inputs, no multiple of {GROUPS[-1]}"
+    )
+
+
+def _round(ct: Any, module: Any) -> None:
+    """Scale from the largest weights, and the weight onto its grid."""
+    args, weight = module.quantization_scheme.weights, module.weight
+    scale, zero_point = ct.calculate_qparams(*_extremes(weight, args), args)
+    module.weight_scale.data.copy_(scale)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data.copy_(zero_point)
+    rounded = ct.fake_quantize(
+        weight.float(),
+        module.weight_scale.float(),
+        getattr(module, "weight_zero_point", None),
+        args,
+    )
+    weight.data.copy_(rounded)
+    ct.disable_quantization(module)  # activations stay exact until the folder is served
+
+
+def _extremes(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each row, or of each group of a row: [rows, 1 or groups]."""
+    groups = weight.float().unflatten(1, (-1, args.group_size or weight.shape[1]))
+    return groups.amin(2), groups.amax(2)

@@ -1,0 +1,161 @@
+"""Quantized variants: what is written is what was rounded, and the head still finds its winners."""
+
+import builtins
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import flashhead
+from flashhead.convert.head import convert
+from flashhead.convert.quantize import PRESETS, Quantized
+from flashhead.errors import FlashHeadError
+from flashhead.integrations.transformers import head_of, load_dense, load_tokenizer
+from flashhead.models import resolve
+
+TEXT = "The river was higher than anyone had seen it, and the bridge had been closed since noon."
+
+
+def tiny(hidden: int = 64, **changes: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=515,
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **changes,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: module.weight.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+def test_the_folder_holds_the_rounded_weights(kind, tmp_path):
+    """Catches codes that differ by one, scales at the wrong group, a head that was rounded too."""
+    model = tiny()
+    before = linear_weights(model)
+    quantized = Quantized(model, kind, progress=False)
+    rounded = linear_weights(model)
+    assert torch.equal(rounded["lm_head"], before["lm_head"])
+    bits = 4 if kind == "w4a16" else 8
+    for name in before.keys() - {"lm_head"}:
+        error = float((rounded[name].float() - before[name].float()).abs().max())
+        # half a step of the widest scale (of fp8 at its largest: 1/14 of that value), and bf16's
+        # rounding of the scale and of the product
+        largest = float(before[name].float().abs().max())
+        step = largest / (14 if kind == "fp8" else 2 ** (bits - 1) - 0.5)
+        assert 0 < error <= step / 2 + largest * 2**-8
+    quantized.save(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (written["quant_method"], written["ignore"]) == ("compressed-tensors", ["lm_head"])
+    loaded = load_dense(str(tmp_path), dtype=torch.bfloat16)
+    with torch.no_grad():
+        loaded(torch.tensor([[1, 2, 3]]))  # the library unpacks at the first call
+    for name, weight in linear_weights(loaded).items():
+        assert torch.equal(weight, rounded[name]), name
+
+
+def test_groups_divide_the_layers():
+    assert Quantized(tiny(), "w4a16", progress=False).group == 64
+    assert Quantized(tiny(96), "w4a16", progress=False).group == 32
+    with pytest.raises(FlashHeadError, match="has 72 inputs, no multiple of 32"):
+        Quantized(tiny(72), "w4a16", progress=False)
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path):
+    model = tiny()
+    with pytest.raises(FlashHeadError, match="wanted one of w4a16"):
+        Quantized(model, "w3a16", progress=False)
+    Quantized(model, "w8a16", progress=False).save(tmp_path)
+    with pytest.raises(FlashHeadError, match="quantized already"):
+        Quantized(load_dense(str(tmp_path)), "w4a16", progress=False)
+    experts = MixtralConfig(
+        vocab_size=515,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    with pytest.raises(FlashHeadError, match="not in linear layers"):
+        Quantized(MixtralForCausalLM(experts), "w4a16", progress=False)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("compressed_tensors"):
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'flashhead\[quantize\]'"):
+        Quantized(tiny(), "w4a16", progress=False)
+
+
+def test_an_index_alone_has_nothing_to_quantize(tmp_path):
+    with pytest.raises(FlashHeadError, match="index_only"):
+        convert("smollm2-135m", tmp_path / "x", quantize="w4a16", index_only=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_quantized_checkpoint_keeps_its_files(tiny_folder, tmp_path):
+    """An index for it is built on the unpacked model, whose weights must not be what is written."""
+    settings = {"progress": False, "calibration_tokens": 64}
+    first, second = tmp_path / "first", tmp_path / "second"
+    convert(tiny_folder, first, quantize="w8a8-int8", **settings)
+    report = convert(str(first), second, bits=2, planes=1, **settings)
+    assert report["quantize"] is None
+    for name in ("model.safetensors", "generation_config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert configs[0]["flashhead"] != configs[1]["flashhead"]
+    models = [flashhead.load(str(folder), progress=False) for folder in (first, second)]
+    ids = torch.tensor([[1, 5, 9, 30, 7]])
+    with torch.no_grad():
+        states = [model.base_model(ids).last_hidden_state[0] for model in models]
+    assert torch.equal(*states)
+    tokens = [
+        head_of(model).next_token(own).tokens for model, own in zip(models, states, strict=True)
+    ]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.model
+def test_a_variant_of_a_real_model(tmp_path):
+    """SmolLM2-135M in W4A16: winners are those of the quantized model's own float32 head."""
+    out = tmp_path / "SmolLM2-135M-FlashHead-W4A16"
+    report = convert(
+        "smollm2-135m", out, quantize="w4a16", progress=False, calibration_tokens=512, bits=1.5,
+        planes=2,
+    )  # fmt: skip
+    assert report["quantize"] == {"kind": "w4a16", "layers": 210, "group_size": 64}
+    assert report["folder_bytes"] < 0.6 * report["model_bytes"]
+    model = flashhead.load(str(out), progress=False)
+    dense = load_dense(resolve("smollm2-135m"))
+    head = head_of(model)
+    assert torch.equal(head.weight, dense.get_output_embeddings().weight)
+    ids = load_tokenizer(str(out))(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = model.base_model(ids).last_hidden_state[0]
+        other = dense.base_model(ids).last_hidden_state[0]
+    assert not torch.equal(hidden, other), "the layers were not rounded"
+    found = head.next_token(hidden)
+    assert bool(found.certified.all())
+    assert not found.fallback.any()
+    exact = hidden.double() @ head.weight.double().T
+    assert torch.equal(found.tokens, exact.argmax(1))
