@@ -43,6 +43,7 @@ MOST_SPILLED_BYTES = 64
 """On the layout of a real head: a few registers around a loop cost nothing."""
 SMALL = (1003, 200, Layout(32, 32, 128, 2))
 SMALL_ONE_PLANE = (1003, 200, Layout(32, 32, 128, 1))
+TINY = (100, 48, Layout(0, 0, 64, 2))
 GEMMA = (262_144, 640, Layout(32, 64, 544, 2))
 LLAMA = (128_256, 2048, Layout(96, 224, 1728, 2))
 """Rows, dimensions and layout of an index; Gemma-3-270M's and Llama-3.2-1B's."""
@@ -229,6 +230,8 @@ SMALL_CASES = [
     CodesCase("small float32", n=8, steps=("query", "bounds", "complete"), **FLOAT32),
     CodesCase("small without binary products", SMALL, 1, GREEDY, blocks=LANES),
     CodesCase("small without binary products", SMALL, 8, GREEDY, blocks=LANES),
+    CodesCase("tiny", TINY, 1, GREEDY),
+    CodesCase("tiny", TINY, 1, COMPLETE),
     NoiseCase(),
     SearchCase(151_936, 896, 9496, torch.bfloat16, "int8"),
     SearchCase(9000, 575, 577, torch.float16, "int4", always=3, bias=True, winner_only=False),
@@ -250,9 +253,7 @@ GEMMA_CASES = [
     CodesCase("gemma", GEMMA, 8, ("select", "complete")),
     CodesCase("gemma without binary products", GEMMA, 1, GREEDY, blocks=LANES),
     CodesCase("gemma without binary products", GEMMA, 8, GREEDY, blocks=LANES),
-    CodesCase("gemma without binary products", GEMMA, 32, ("bounds",), blocks=LANES),
     CodesCase("llama", LLAMA, 1, GREEDY),
-    CodesCase("llama", LLAMA, 8, (*GREEDY, "complete")),
 ]
 """For sm_90 alone; they may not spill registers."""
 
