@@ -25,14 +25,16 @@ from flashhead.bench.synthetic import make_problem, shape_of
 from flashhead.environment import provenance
 from flashhead.index.build_codes import build_codes
 from flashhead.ops.cascade import triton as ops
+from flashhead.ops.cascade import triton_launch
+from flashhead.ops.scan.layout import Layout, pack_table
 from flashhead.options import CodesOptions
 
 CALLS, COPIES = 8, 4
 
 
-def variants(batch: int) -> dict[str, list[ops.Blocks]]:
+def variants(batch: int) -> dict[str, list[triton_launch.Blocks]]:
     """Blocks to try, by the part they change."""
-    change = lambda **values: dataclasses.replace(ops.BLOCKS, **values)  # noqa: E731
+    change = lambda **values: dataclasses.replace(triton_launch.BLOCKS, **values)  # noqa: E731
     shares = [
         change(select_programs=p, rows=r, mass_programs=m)
         for p, r, m in ((1, 16, 2), (2, 16, 4), (4, 16, 8), (2, 8, 4))
@@ -50,13 +52,13 @@ def variants(batch: int) -> dict[str, list[ops.Blocks]]:
 
 def call_of(
     problem: Any, index: ops.DeviceIndex, number: int, batch: int, blocks: Any
-) -> ops._Call:
+) -> triton_launch.Call:
     """A search of its own hidden states."""
     start = number * batch
     hidden = problem.hidden[start : start + batch].contiguous()
-    counters = torch.zeros(ops.COUNTERS, dtype=torch.int32, device=hidden.device)
+    counters = torch.zeros(triton_launch.COUNTERS, dtype=torch.int32, device=hidden.device)
     totals = torch.zeros(5, dtype=torch.int64, device=hidden.device)
-    return ops._Call(
+    return triton_launch.Call(
         hidden, problem.weight, None, index.tensors, index.sizes, [], counters, totals, 4.97,
         index.reach, blocks,
     )  # fmt: skip
@@ -91,7 +93,7 @@ def compile_one(task: tuple[str, int, dict[str, Any]]) -> str:
         hidden = torch.randn(batch, d, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(4096, d, device="cuda", dtype=torch.bfloat16)
         problem = argparse.Namespace(hidden=hidden, weight=weight)
-        call = call_of(problem, index, 0, batch, ops.Blocks(**values))
+        call = call_of(problem, index, 0, batch, triton_launch.Blocks(**values))
         call.prepare(complete=part == "share")
         call.scan(True)
         if part == "share":
@@ -106,7 +108,7 @@ def compile_one(task: tuple[str, int, dict[str, Any]]) -> str:
 
 def fake_index(rows: int, d: int, sizes: list[int]) -> ops.DeviceIndex:
     """An index of the same layout with codes that mean nothing."""
-    layout = ops.Layout(*sizes)
+    layout = Layout(*sizes)
     groups = sum(x > 0 for x in layout.dims)
     new = lambda *shape: torch.randn(shape, device="cuda")  # noqa: E731
     words = torch.randint(0, 2**31, (rows // 16, layout.words, 16), device="cuda")
@@ -114,7 +116,7 @@ def fake_index(rows: int, d: int, sizes: list[int]) -> ops.DeviceIndex:
     return ops.DeviceIndex(
         layout, words.to(torch.int32), new(groups, rows).abs().bfloat16(), new(rows),
         refine.to(torch.int32), new(sum(layout.dims), d).bfloat16(), new(2, d),
-        new(3, 8).abs(), ops.pack_table(layout, torch.device("cuda")), 1.0,
+        new(3, 8).abs(), pack_table(layout, torch.device("cuda")), 1.0,
     )  # fmt: skip
 
 
@@ -192,7 +194,7 @@ def measure(
         us["logits"] = graph_us(
             [lambda c=c: (c.prepare(complete=True), c.scan(False), c.complete(1e-3)) for c in calls]
         )
-    base = dataclasses.asdict(ops.BLOCKS)
+    base = dataclasses.asdict(triton_launch.BLOCKS)
     own = {k: v for k, v in dataclasses.asdict(blocks).items() if v != base[k]}
     read = torch.cat([c.answers[[6, 3]] for c in calls], 1).float().mean(1).tolist()
     return {

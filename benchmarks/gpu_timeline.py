@@ -11,6 +11,7 @@ from gpu_blocks import CALLS, call_of
 from flashhead.bench.synthetic import make_problem, shape_of
 from flashhead.index.build_codes import build_codes
 from flashhead.ops.cascade import triton as ops
+from flashhead.ops.cascade import triton_launch
 from flashhead.options import CodesOptions
 
 
@@ -32,9 +33,9 @@ def main() -> None:
     )
     for batch in batches:
         for complete in (False, True):
-            calls = [call_of(problem, index, i, batch, ops.BLOCKS) for i in range(3)]
+            calls = [call_of(problem, index, i, batch, triton_launch.BLOCKS) for i in range(3)]
 
-            def launch(call: ops._Call, complete: bool = complete) -> None:
+            def launch(call: triton_launch.Call, complete: bool = complete) -> None:
                 call.prepare(complete)
                 call.scan(not complete)
                 call.complete(1e-3) if complete else call.select()

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from flashhead.index.clusters import ClustersIndex
-from flashhead.ops.cascade import triton as codes
+from flashhead.ops.cascade import triton_launch
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
@@ -77,7 +77,7 @@ class CodesCase:
     bias: bool = False
     noise: bool = False
     z: float = 4.97
-    blocks: codes.Blocks = codes.BLOCKS
+    blocks: triton_launch.Blocks = triton_launch.BLOCKS
 
     def __str__(self) -> str:
         return f"{self.name} n={self.n}"
@@ -97,14 +97,14 @@ class CodesCase:
             new(3 * layout.packed_words + 1, dtype=torch.int32),
         ]
         drawn = [new(n), new(n, dtype=torch.int64), new(n, dtype=torch.int64)]
-        call = codes._Call(
+        call = triton_launch.Call(
             new(n, d, dtype=self.dtype),
             new(rows, d, dtype=self.dtype),
             new(1, rows) if self.bias else None,
             index,
             [*layout.dims, layout.planes],
             drawn if self.noise else [],
-            new(codes.COUNTERS, dtype=torch.int32),
+            new(triton_launch.COUNTERS, dtype=torch.int32),
             new(5, dtype=torch.int64),
             self.z,
             1.0,
@@ -202,12 +202,12 @@ def query_case(name: str, head: tuple[int, int, Layout], states: int, **options:
     """The query kernel where a program has several of 8 hidden states, as with wide heads."""
     _, d, layout = head
     most = 8 // states * 2 * sum(layout.dims) * d  # bytes of the transform, which is bfloat16
-    blocks = dataclasses.replace(codes.BLOCKS, query_bytes=most)
+    blocks = dataclasses.replace(triton_launch.BLOCKS, query_bytes=most)
     steps = ("query",) if states < 8 else ("query", "query+sums")
     return CodesCase(f"{name} by {states}", head, 8, steps, blocks=blocks, **options)
 
 
-LANES = dataclasses.replace(codes.BLOCKS, bit_products=False)
+LANES = dataclasses.replace(triton_launch.BLOCKS, bit_products=False)
 """Without binary products."""
 GREEDY, COMPLETE = ("query", "bounds", "select"), ("query+sums", "estimates", "complete")
 FLOAT32 = {"head": SMALL_ONE_PLANE, "dtype": torch.float32}
@@ -305,10 +305,10 @@ def compile_case(task: tuple[int, Any]) -> list[str]:
 
     changes: list[tuple[Any, str, Any]] = [
         (triton.JITFunction, "run", compile_only),
-        (codes, "_has_assembly", lambda _: True),
-        (codes, "_has_bit_products", lambda _: capability < 100),
-        (codes, "_has_pdl", lambda _: capability >= 90),
-        (codes, "_multiprocessors", lambda _: 132),
+        (triton_launch, "_has_assembly", lambda _: True),
+        (triton_launch, "_has_bit_products", lambda _: capability < 100),
+        (triton_launch, "_has_pdl", lambda _: capability >= 90),
+        (triton_launch, "_multiprocessors", lambda _: 132),
         (probe, "require_one_gpu", lambda *_: None),
         (triton_search, "require_one_gpu", lambda *_: None),
     ]
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("capabilities", type=int, nargs="*", default=CAPABILITIES)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args()
-    if not isinstance(codes.kernels._select_kernel, triton.JITFunction):
+    if not isinstance(triton_launch.triton_select._select_kernel, triton.JITFunction):
         sys.exit("aot.py: TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     tasks: list[tuple[int, Any]] = []
     if 90 in args.capabilities:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from flashhead.ops.cascade import triton_kernels
+from flashhead.ops.cascade import triton_complete, triton_select
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
@@ -22,7 +22,8 @@ MODULES = (
     triton_batch,
     triton_bits,
     triton_query,
-    triton_kernels,
+    triton_select,
+    triton_complete,
     probe,
     triton_search,
 )

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import flashhead
 from flashhead.convert.head import convert
-from flashhead.convert.quantize import PRESETS, Quantized
+from flashhead.convert.quantize import Quantized
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.transformers import head_of, load_dense, load_tokenizer
 from flashhead.models import resolve
+from flashhead.options import QUANTIZE
 
 TEXT = "The river was higher than anyone had seen it, and the bridge had been closed since noon."
 
@@ -40,7 +41,7 @@ def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("kind", QUANTIZE)
 def test_the_folder_holds_the_rounded_weights(kind, tmp_path):
     """Catches codes that differ by one, scales at the wrong group, a head that was rounded too."""
     model = tiny()
@@ -159,3 +160,12 @@ def test_a_variant_of_a_real_model(tmp_path):
     assert not found.fallback.any()
     exact = hidden.double() @ head.weight.double().T
     assert torch.equal(found.tokens, exact.argmax(1))
+
+
+def test_loading_without_the_library_names_it(tmp_path, monkeypatch):
+    """A packed checkpoint is no GGUF: the hint must not send its user there."""
+    Quantized(tiny(), "w8a16", progress=False).save(tmp_path)
+    module = "transformers.quantizers.quantizer_compressed_tensors"
+    monkeypatch.setattr(f"{module}.is_compressed_tensors_available", lambda: False)
+    with pytest.raises(FlashHeadError, match=r"pip install 'flashhead\[quantize\]'"):
+        load_dense(str(tmp_path))

@@ -18,6 +18,7 @@ from flashhead.nn.device import DeviceSearch
 from flashhead.nn.head import FlashHead
 from flashhead.ops.cascade import reference as cascade_reference
 from flashhead.ops.cascade import triton as ops
+from flashhead.ops.cascade import triton_launch
 from flashhead.ops.noise import reference as noise_reference
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.scan import reference as scan_reference
@@ -176,10 +177,10 @@ def test_bit_planes_give_the_same_estimates(case, monkeypatch):
     hidden = case.hidden[:n].contiguous().to(DEVICE)
     codes = case.search.codes
     wanted = ops.scan(hidden, case.search.weight, None, codes).cpu()
-    monkeypatch.setattr(ops, "_has_bit_products", lambda _: True)
+    monkeypatch.setattr(triton_launch, "_has_bit_products", lambda _: True)
     counters = torch.zeros(ops.COUNTERS, dtype=torch.int32, device=DEVICE)
     totals = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    call = ops._Call(
+    call = triton_launch.Call(
         hidden, case.search.weight, None, codes.tensors, codes.sizes, [], counters, totals, 5.0,
         codes.reach, ops.BLOCKS,
     )  # fmt: skip

@@ -7,6 +7,10 @@ from typing import Any, TypeVar
 
 from flashhead.errors import FlashHeadError
 
+QUANTIZE = {"w4a16": "W4A16", "w8a16": "W8A16", "w8a8-int8": "INT8", "fp8": "FP8_DYNAMIC"}
+"""Layouts of linear layers, by our names, and compressed-tensors' names of them: bits of weights
+and activations; fp8 and int8 activations are rounded as they come, one scale a token.
+"""
 T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
 

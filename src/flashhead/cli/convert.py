@@ -6,6 +6,7 @@ from typing import Any
 
 from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, index_options
 from flashhead.errors import FlashHeadError
+from flashhead.options import QUANTIZE
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     add_head(parser)
     parser.add_argument(
         "--quantize",
-        choices=["none", "w4a16", "w8a16", "w8a8-int8", "fp8"],
+        choices=["none", *QUANTIZE],
         default="none",
         help="round the linear layers to nearest, in compressed-tensors' layout; the head stays "
         "(default: none)",

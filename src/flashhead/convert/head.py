@@ -41,7 +41,7 @@ def convert(
         progress: progress bars on stderr.
         trust_remote_code: run Python code that the model's folder brings.
         index_only: write the index and its `flashhead` section alone, without weights.
-        quantize: a layout for the linear layers (`quantize.PRESETS`), or None; the head stays.
+        quantize: a layout for the linear layers (`options.QUANTIZE`), or None; the head stays.
         options: fields of `CodesOptions` or `ClustersOptions`.
 
     Returns:

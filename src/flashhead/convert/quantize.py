@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flashhead.errors import FlashHeadError
+from flashhead.options import QUANTIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PRESETS = {"w4a16": "W4A16", "w8a16": "W8A16", "w8a8-int8": "INT8", "fp8": "FP8_DYNAMIC"}
-"""Our names and the library's: weights and activations in bits; fp8 and int8 activations are
-rounded as they come, one scale a token.
-"""
 GROUPS = (128, 64, 32)
 """Weights that share a scale in 4 bits: the first of these that divides all layers."""
 OTHERS = 0.05
@@ -33,7 +30,7 @@ class Quantized:
 
     Args:
         model: changed in place.
-        kind: a key of `PRESETS`.
+        kind: a key of `options.QUANTIZE`.
         progress: progress bar on stderr.
 
     Raises:
@@ -52,11 +49,11 @@ class Quantized:
             if isinstance(module, nn.Linear) and module is not head
         }
         ignored = [name for name, module in model.named_modules() if module is head]
-        scheme = ct.preset_name_to_scheme(PRESETS[kind], ["Linear"])
+        scheme = ct.preset_name_to_scheme(QUANTIZE[kind], ["Linear"])
         if scheme.weights.group_size is not None:
             scheme.weights.group_size = _group_of(layers, kind)
         self.kind, self.model = kind, model
-        self.layers, self.group = len(layers), scheme.weights.group_size
+        self.layer_count, self.group = len(layers), scheme.weights.group_size
         config = ct.QuantizationConfig(
             config_groups={"group_0": scheme},
             ignore=ignored,
@@ -69,7 +66,7 @@ class Quantized:
 
     def described(self) -> dict[str, Any]:
         """What was done, JSON-able."""
-        return {"kind": self.kind, "layers": self.layers, "group_size": self.group}
+        return {"kind": self.kind, "layers": self.layer_count, "group_size": self.group}
 
     def save(self, folder: Path) -> None:
         """Write the packed weights, config.json with `quantization_config`, and the rest; the model
@@ -119,8 +116,8 @@ def _library() -> Any:
 
 
 def _require_quantizable(model: "PreTrainedModel", kind: str) -> None:
-    if kind not in PRESETS:
-        raise FlashHeadError(f"quantize={kind!r}: wanted one of {', '.join(PRESETS)}")
+    if kind not in QUANTIZE:
+        raise FlashHeadError(f"quantize={kind!r}: wanted one of {', '.join(QUANTIZE)}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise FlashHeadError("the model is quantized already: convert it without --quantize")
     embeddings = {

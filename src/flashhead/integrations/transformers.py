@@ -152,8 +152,9 @@ def load_dense(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
     except ImportError as error:
+        extra = "gguf" if path.suffix == ".gguf" else "quantize"
         raise FlashHeadError(
-            f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[gguf]'"
+            f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[{extra}]'"
         ) from error
     except Exception as error:  # whatever the checkpoint's reader raises: the cause stays attached
         if not _is_checkpoint_error(error):

@@ -15,6 +15,7 @@ from flashhead.index.codes import CodesIndex
 from flashhead.nn.graphs import GraphCache, raw_stream, replays
 from flashhead.nn.output import HeadOutput, NextToken
 from flashhead.ops.cascade import triton as ops
+from flashhead.ops.cascade.triton_launch import MOST_STATES
 
 TOTALS = 5
 MOST_CONSTANTS = 1024
@@ -202,9 +203,9 @@ class DeviceSearch:
         self, kind: tuple[Any, ...], function: Any, inputs: list[Tensor], constant: int
     ) -> tuple[Tensor, ...]:
         """In parts of at most `MOST_STATES` hidden states, each by a replay or directly."""
-        if len(inputs[0]) <= ops.MOST_STATES:
+        if len(inputs[0]) <= MOST_STATES:
             return self._part(kind, function, inputs, constant)
-        parts = [x.split(ops.MOST_STATES) for x in inputs]
+        parts = [x.split(MOST_STATES) for x in inputs]
         found = [
             self._part(kind, function, list(part), constant) for part in zip(*parts, strict=True)
         ]

@@ -20,14 +20,17 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashhead.ops.noise.triton import gumbel_pairs
-from flashhead.ops.scan import layout
-from flashhead.ops.scan.triton_parts import packed
-
-NUMBERS = gl.constexpr(layout.NUMBERS)
-MULT, QSUM = gl.constexpr(layout.NUMBER_MULT), gl.constexpr(layout.NUMBER_QSUM)
-ALONG, SHIFT = gl.constexpr(layout.NUMBER_ALONG), gl.constexpr(layout.NUMBER_SHIFT)
-FLOOR, SPREAD = gl.constexpr(layout.NUMBER_FLOOR), gl.constexpr(layout.NUMBER_SPREAD)
-EMPTY = gl.constexpr(-0x7F800001 << 32)
+from flashhead.ops.scan.triton_parts import (
+    ALONG,
+    EMPTY,
+    FLOOR,
+    MULT,
+    NUMBERS,
+    QSUM,
+    SHIFT,
+    SPREAD,
+    packed,
+)
 
 
 @gluon.jit
@@ -136,6 +139,22 @@ def _weighted(c, t, ROW: gl.constexpr):
 
 
 @gluon.jit
+def _add_segment(sums, c, t, rs_e, rs_o, mult, offset, spread):
+    """Add a segment to what the rows have so far, even and odd: the products of each lane, the rest
+    of the estimates, the squared spreads.
+    """
+    part_e, part_o, estimate_e, estimate_o, squares_e, squares_o = sums
+    rs_e, rs_o = rs_e.to(gl.float32), rs_o.to(gl.float32)
+    part_e += (rs_e * mult)[:, :, None] * _weighted(c, t, 0)
+    part_o += (rs_o * mult)[:, :, None] * _weighted(c, t, 1)
+    estimate_e -= rs_e * offset
+    estimate_o -= rs_o * offset
+    squares_e += rs_e * rs_e * spread
+    squares_o += rs_o * rs_o * spread
+    return part_e, part_o, estimate_e, estimate_o, squares_e, squares_o
+
+
+@gluon.jit
 def _scan_bits_kernel(
     base,
     scale,
@@ -149,7 +168,7 @@ def _scan_bits_kernel(
     numbers,
     constants,
     scores,
-    keys,
+    bests,
     V,
     nblk,
     D4: gl.constexpr,
@@ -168,7 +187,7 @@ def _scan_bits_kernel(
     """Scan of query program_id(1); tiles of 16 BLOCKS rows, dealt out in turn.
 
     `base` is int64[ceil(V/16), words, 8] here; `planes` int32[B, PLANES, 8] are the queries, those
-    of the two-bit segment from AT2 on, of the one-bit segment from AT1 on. `keys` int64[B,
+    of the two-bit segment from AT2 on, of the one-bit segment from AT1 on. `bests` int64[B,
     programs] gets each program's best estimate with its row (`packed`).
     """
     L: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
@@ -216,35 +235,18 @@ def _scan_bits_kernel(
         part_o = gl.full([BLOCKS, 8, 4], 0.0, gl.float32, L)
         estimate_e, estimate_o = along * own_rows[0] + shift, along * own_rows[1] + shift
         squares_e = gl.full([BLOCKS, 8], 0.0, gl.float32, ROWS) + floor
-        squares_o = squares_e
+        sums = (part_e, part_o, estimate_e, estimate_o, squares_e, squares_e)
         if D4 > 0:
             c = _add_fields(words, planes_h, none, 0, D4 // 16)
             c = _add_fields(words, planes_l, c, D4 // 16, D4 // 16)
-            rs_e, rs_o = own_rows[2].to(gl.float32), own_rows[3].to(gl.float32)
-            part_e += (rs_e * mult4)[:, :, None] * _weighted(c, t, 0)
-            part_o += (rs_o * mult4)[:, :, None] * _weighted(c, t, 1)
-            estimate_e -= rs_e * offset4
-            estimate_o -= rs_o * offset4
-            squares_e += rs_e * rs_e * spread4
-            squares_o += rs_o * rs_o * spread4
+            sums = _add_segment(sums, c, t, own_rows[2], own_rows[3], mult4, offset4, spread4)
         if D2 > 0:
             c = _add_fields(words, planes_2, none, D4 // 8, D2 // 16)
-            rs_e, rs_o = own_rows[4].to(gl.float32), own_rows[5].to(gl.float32)
-            part_e += (rs_e * mult2)[:, :, None] * _weighted(c, t, 0)
-            part_o += (rs_o * mult2)[:, :, None] * _weighted(c, t, 1)
-            estimate_e -= rs_e * offset2
-            estimate_o -= rs_o * offset2
-            squares_e += rs_e * rs_e * spread2
-            squares_o += rs_o * rs_o * spread2
+            sums = _add_segment(sums, c, t, own_rows[4], own_rows[5], mult2, offset2, spread2)
         if D1 > 0:
             c = _add_run(words, planes_1, none, D4 // 8 + D2 // 16, D1 // 32, 0)
-            rs_e, rs_o = own_rows[6].to(gl.float32), own_rows[7].to(gl.float32)
-            part_e += (rs_e * mult1)[:, :, None] * _weighted(c, t, 0)
-            part_o += (rs_o * mult1)[:, :, None] * _weighted(c, t, 1)
-            estimate_e -= rs_e * offset1
-            estimate_o -= rs_o * offset1
-            squares_e += rs_e * rs_e * spread1
-            squares_o += rs_o * rs_o * spread1
+            sums = _add_segment(sums, c, t, own_rows[6], own_rows[7], mult1, offset1, spread1)
+        part_e, part_o, estimate_e, estimate_o, squares_e, squares_o = sums
         estimate_e += gl.sum(part_e, 2)
         estimate_o += gl.sum(part_o, 2)
         if HAS_BIAS:
@@ -265,4 +267,4 @@ def _scan_bits_kernel(
         best = gl.maximum(best, gl.where(in_even, packed(estimate_e, even), EMPTY))
         best = gl.maximum(best, gl.where(in_odd, packed(estimate_o, odd), EMPTY))
         words, own_rows = next_words, next_rows
-    gl.store(keys + n * programs + start, gl.max(gl.max(best, 1), 0))
+    gl.store(bests + n * programs + start, gl.max(gl.max(best, 1), 0))
