@@ -11,6 +11,8 @@ QUANTIZE = {"w4a16": "W4A16", "w8a16": "W8A16", "w8a8-int8": "INT8", "fp8": "FP8
 """Layouts of linear layers, by our names, and compressed-tensors' names of them: bits of weights
 and activations; fp8 and int8 activations are rounded as they come, one scale a token.
 """
+QUANTIZE_GROUPS = (128, 64, 32)
+"""Weights that share a scale in 4 bits: the first of these that divides all layers."""
 T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
 

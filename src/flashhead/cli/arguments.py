@@ -179,16 +179,17 @@ def assignment(text: str) -> tuple[str, str]:
     return name.replace("-", "_"), value
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """Type of an integer that is at least `least`."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Type of an integer that is at least `least`, and at most `most` if that is given."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer, {least} or more")
+        if value < least or (most is not None and value > most):
+            limit = "or more" if most is None else f"to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer, {least} {limit}")
         return value
 
     return parse

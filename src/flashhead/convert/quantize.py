@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flashhead.errors import FlashHeadError
-from flashhead.options import QUANTIZE
+from flashhead.options import QUANTIZE, QUANTIZE_GROUPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUPS = (128, 64, 32)
-"""Weights that share a scale in 4 bits: the first of these that divides all layers."""
 OTHERS = 0.05
 """Share of the weights, embeddings aside, that may lie outside of linear layers."""
 
@@ -139,12 +137,12 @@ def _require_quantizable(model: "PreTrainedModel", kind: str) -> None:
 
 
 def _group_of(layers: dict[str, nn.Linear], kind: str) -> int:
-    for group in GROUPS:
+    for group in QUANTIZE_GROUPS:
         if all(module.in_features % group == 0 for module in layers.values()):
             return group
-    odd = next(name for name, m in layers.items() if m.in_features % GROUPS[-1] != 0)
+    odd = next(name for name, m in layers.items() if m.in_features % QUANTIZE_GROUPS[-1] != 0)
     raise FlashHeadError(
-        f"{kind}: {odd} has {layers[odd].in_features} inputs, no multiple of {GROUPS[-1]}"
+        f"{kind}: {odd} has {layers[odd].in_features} inputs, no multiple of {QUANTIZE_GROUPS[-1]}"
     )
 
 

@@ -37,9 +37,7 @@ def describe_index(source: Path, config: dict[str, Any], book: Ledger) -> dict[s
     """
     section = config.get("flashhead")
     if section is None:
-        size = float(codes_bytes(book.vocab_size, book.hidden_size, USUAL_BITS))
-        expected = {"kind": "codes", "measured": False, "bits": USUAL_BITS}
-        return expected | _per_query(size, book)
+        return expected_index(book)
     file = source / INDEX_FILE
     if not file.is_file():
         raise FlashHeadError(f"{file} is missing: convert the model again")
@@ -58,6 +56,13 @@ def describe_index(source: Path, config: dict[str, Any], book: Ledger) -> dict[s
         "section": section,
         **_per_query(size, book),
     }
+
+
+def expected_index(book: Ledger) -> dict[str, Any]:
+    """What every query would read of a codes index of the usual size; keys as `describe_index`."""
+    size = float(codes_bytes(book.vocab_size, book.hidden_size, USUAL_BITS))
+    expected = {"kind": "codes", "measured": False, "bits": USUAL_BITS}
+    return expected | _per_query(size, book)
 
 
 _EXTRA = {"codes": ("refine",), "clusters": ("members",)}
