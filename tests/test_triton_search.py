@@ -261,9 +261,9 @@ def test_equal_rows_give_the_lowest():
 
 def test_winners_in_the_last_rows():
     """A tail that is scanned but not selected from."""
-    weight, hidden = clustered_head(261, 48)
+    weight, hidden = clustered_head(1029, 48, seed=2)
     winners = (hidden[:8].double() @ weight.double().T).argmax(1).unique()
-    others = torch.ones(261, dtype=torch.bool).index_fill(0, winners, False)
+    others = torch.ones(1029, dtype=torch.bool).index_fill(0, winners, False)
     weight = torch.cat([weight[others], weight[winners]]).float()
     case = make_case(weight, hidden, bits=1.0, planes=1)
     found = case.search.next_token(hidden[:8].to(DEVICE), 1e-6)
