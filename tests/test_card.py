@@ -146,8 +146,10 @@ def test_the_licence_and_base_reach_the_card(made, tmp_path):
     assert "# name-FlashHead-W8A8" in str(card)
 
 
-def test_embedded_models_are_known():
+def test_embedded_models_are_known(monkeypatch, tmp_path):
     """A variant of an embedded model that names no base."""
+    monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
+    (cache_dir() / "models" / "gemma-3-270m").mkdir(parents=True)
     assert hub_id_of("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert hub_id_of(str(cache_dir() / "models" / "gemma-3-270m")) == "google/gemma-3-270m"
 

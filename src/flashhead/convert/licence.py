@@ -72,7 +72,7 @@ def hub_id_of(source: str) -> str | None:
     """`owner/name` of a model on the hub, as far as its name or place says; None: not known."""
     path = _local(source)
     if path is None:
-        return source
+        return source if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) else None
     for name, hub_id in HUB_IDS.items():
         if path == cache_dir() / "models" / name:
             return hub_id
