@@ -1,5 +1,6 @@
 """`flashhead verify`: a whole folder passes, and each way to break one is named and fails."""
 
+import io
 import json
 import shutil
 
@@ -228,3 +229,23 @@ def test_a_model_against_itself(tiny_folder):
         ]
     expected = float(torch.exp((losses[0] + losses[1]) / 5))
     assert figures["perplexity"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.model
+def test_a_variant_of_a_real_model_is_verified_and_chatted_with(tmp_path, capsys, monkeypatch):
+    """SmolLM2-135M in W4A16: steps that only the tiny one passes, a chat that cannot load it."""
+    out = tmp_path / "SmolLM2-135M-FlashHead-W4A16"
+    settings = {"calibration_tokens": 512, "bits": 1.5, "planes": 2, "quantize": "w4a16"}
+    convert("smollm2-135m", out, progress=False, **settings)
+    write_checksums(out)
+    assert main(["verify", str(out), "--against", "smollm2-135m", "--positions", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["ok", f"{name}:"]
+        for name in ("files", "checksums", "reload", "positions", "against", "speed")
+    ]
+    assert "certified token 100.00% the float32 head's" in lines[3]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Name a colour.\n"))
+    assert main(["chat", str(out), "--max-new-tokens", "8", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["totals"]["new_tokens"] > 0
