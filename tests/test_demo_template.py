@@ -83,3 +83,13 @@ def test_the_command(tiny_folder):
     assert done.returncode == 2
     assert "model './nowhere': no such file or folder" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_happens_on_import():
+    """A template that loads a library or starts a thread before it is asked to."""
+    code = "import sys, threading; import flashhead.demo; "
+    code += (
+        "print(threading.active_count(), 'transformers' in sys.modules); import flashhead.cli.demo"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1 False\n"), done.stderr
