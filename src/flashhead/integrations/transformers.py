@@ -159,6 +159,10 @@ def load_dense(
             f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[{extra}]'"
         ) from error
     except Exception as error:  # whatever the checkpoint's reader raises: the cause stays attached
+        if "normal_kernel" in str(error):  # transformers cannot make up integers
+            raise FlashHeadError(
+                f"model {str(path)!r} is not whole: no file of it holds one of its packed tensors"
+            ) from error
         if not _is_checkpoint_error(error):
             raise
         raise FlashHeadError(
