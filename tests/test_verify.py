@@ -101,6 +101,17 @@ def test_shards_pass(folder, capsys):
     assert document["positions"]["text"] == "text that the model sampled"
 
 
+def test_a_dense_folder(tiny_folder, capsys):
+    """A folder without index for which an index is built, as `load` would do."""
+    assert main(["verify", tiny_folder, *FEW, "--against", tiny_folder]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "there is no flashhead.sha256.json, so weights are not compared" in lines[1]
+    assert lines[3] == "ok      positions: no index, so the head is the dense one"
+    assert lines[4].startswith("ok      against: ")
+    assert "agreement of dense heads 100.0%" in lines[4]
+    assert len(lines) == 5
+
+
 def test_tampered_byte_of_a_shard(folder, capsys):
     files = shard(folder)
     flip(folder / files[1])
