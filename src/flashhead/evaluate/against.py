@@ -5,6 +5,7 @@ heads. With p the base's softmax and q the variant's: agreement of the argmax, K
 variation, and the perplexity of the text under each, exp(mean of -ln p(next token)).
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,28 +53,15 @@ def compare_models(
         raise FlashHeadError(f"a vocabulary of {sizes[0]:,}, the base has {sizes[1]:,}")
     totals = Totals()
     losses: tuple[list[Tensor], list[Tensor]] = ([], [])
-    rows = max(1, CHUNK_LOGITS // sizes[0])
-    pairs = zip(
-        windows,
-        hidden_states(model, windows, bos, finish[0]),
-        hidden_states(base, windows, bos, finish[1]),
-        strict=True,
-    )
-    for window, *states in pairs:
-        targets = _targets(window, bos)
-        for part in torch.arange(len(targets)).split(rows):
-            both = [
-                process(float32_logits(hidden[part], head.weight, head.bias))
-                for process, hidden, head in zip(finish, states, heads, strict=True)
-            ]
-            truth = Reference(both[1])
-            kl, tv = truth.divergences(both[0])
-            if not bool(torch.isfinite(kl).all()):
-                raise RuntimeError("a logit is NaN or infinite")
-            read = torch.full((len(part),), dense_bytes(heads[0]))
-            totals.add(agree=truth.chosen(argmax(both[0])), kl=kl, tv=tv, bytes_read=read)
-            for kept, logits in zip(losses, both, strict=True):
-                kept.append(_losses(logits, targets[part]))
+    for targets, both in _logits_of_both((model, base), windows, bos, finish):
+        truth = Reference(both[1])
+        kl, tv = truth.divergences(both[0])
+        if not bool(torch.isfinite(kl).all()):
+            raise RuntimeError("a logit is NaN or infinite")
+        read = torch.full((len(targets),), dense_bytes(heads[0]))
+        totals.add(agree=truth.chosen(argmax(both[0])), kl=kl, tv=tv, bytes_read=read)
+        for kept, logits in zip(losses, both, strict=True):
+            kept.append(_losses(logits, targets))
     row = totals.row(dense_bytes(heads[1]))
     names = ("agreement", "agreement_stderr", "kl", "kl_stderr", "tv")
     perplexity, base_perplexity = (float(torch.cat(kept).mean().exp()) for kept in losses)
@@ -84,6 +72,28 @@ def compare_models(
         "base_perplexity": base_perplexity,
         "perplexity_ratio": perplexity / base_perplexity,
     }
+
+
+def _logits_of_both(
+    models: "tuple[PreTrainedModel, PreTrainedModel]",
+    windows: list[Tensor],
+    bos: int | None,
+    finish: tuple[Postprocess, Postprocess],
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Next tokens `int64[n]` and each model's logits `float32[n, V]`, some positions at a time."""
+    heads = [model.get_output_embeddings() for model in models]
+    rows = max(1, CHUNK_LOGITS // len(heads[0].weight))
+    caught = [hidden_states(m, windows, bos, f) for m, f in zip(models, finish, strict=True)]
+    for window, *states in zip(windows, *caught, strict=True):
+        targets = _targets(window, bos)
+        for part in torch.arange(len(targets)).split(rows):
+            yield (
+                targets[part],
+                [
+                    process(float32_logits(hidden[part], head.weight, head.bias))
+                    for process, hidden, head in zip(finish, states, heads, strict=True)
+                ],
+            )
 
 
 def _targets(window: Tensor, bos: int | None) -> Tensor:
