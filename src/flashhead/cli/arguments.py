@@ -45,7 +45,7 @@ def command(subparsers: Any, name: str, run: Callable[..., Any], summary: str) -
     parser: Parser = subparsers.add_parser(name, help=summary, description=summary)
     parser.add_argument("--json", action="store_true", help="last line of stdout: one document")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, exit_code=0)
     return parser
 
 

@@ -3,8 +3,8 @@
 A subcommand module has `add_parser(subparsers)`, which sets `run`: parsed arguments in, JSON-able
 document out. Everything human is printed while it runs; the document is printed here, last.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake the user can mend (one line),
-130 Ctrl-C.
+Exit codes: 0 done, 1 a bug (with its traceback) or what `verify` found, 2 a mistake the user can
+mend (one line), 130 Ctrl-C.
 """
 
 import contextlib
@@ -31,8 +31,10 @@ from flashhead.cli import (
     eval_vllm,
     generate,
     inspect,
+    push,
     serve,
     tune,
+    verify,
 )
 from flashhead.cli.arguments import Parser
 from flashhead.errors import FlashHeadError
@@ -41,6 +43,7 @@ EXTRAS = {
     "transformers": "transformers",
     "accelerate": "gguf",
     "gguf": "gguf",
+    "huggingface_hub": "transformers",
     "numba": "cpu",
     "matplotlib": "plots",
     "vllm": "vllm",
@@ -53,7 +56,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, chat, serve, convert, inspect, tune):
+    for module in (demo, generate, chat, serve, convert, verify, push, inspect, tune):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"flashhead: {line}", file=sys.stderr)
         return 2
-    return 0
+    return int(args.exit_code)
 
 
 def _one_line(error: FlashHeadError | ImportError) -> str | None:

@@ -80,7 +80,7 @@ def evaluate_head(
         read_documents(Path(text_file)),
         tokenizer,
         positions,
-        window_tokens=_window_tokens(model),
+        window_tokens=window_tokens_of(model),
         seed=seed,
     )
     finish = postprocess or _identity
@@ -102,7 +102,7 @@ def evaluate_head(
         "options": _options(head.index),
         "data": str(text_file),
         "positions": positions,
-        "window_tokens": _window_tokens(model),
+        "window_tokens": window_tokens_of(model),
         "seed": seed,
         "dense_bf16_ties": rows["bf16"]["ties"] if "bf16" in rows else None,
         **measured,
@@ -140,7 +140,8 @@ def _search_head(model: "PreTrainedModel") -> SearchHead:
     return cast(SearchHead, head)
 
 
-def _window_tokens(model: "PreTrainedModel") -> int:
+def window_tokens_of(model: "PreTrainedModel") -> int:
+    """Tokens of a window of text: the usual number, or the model's context if that is shorter."""
     return min(
         WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", None) or WINDOW_TOKENS
     )

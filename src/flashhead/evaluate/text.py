@@ -122,10 +122,13 @@ def token_windows(
         windows.append(torch.tensor(head + body, dtype=torch.int64))
         start += len(body)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _take([windows[i] for i in order], positions, bos)
+    return take_positions([windows[i] for i in order], positions, bos)
 
 
-def _take(windows: list[Tensor], positions: int, bos: int | None) -> list[Tensor]:
+def take_positions(windows: list[Tensor], positions: int, bos: int | None) -> list[Tensor]:
+    """The first windows `int64[tokens]` that hold `positions` tokens other than BOS, or all of
+    them; the last one is cut short.
+    """
     taken, left = [], positions
     for window in windows:
         counted = torch.cumsum(scored_positions(window, bos), 0)

@@ -41,13 +41,41 @@ def sample_hidden_states(
     head = model.get_output_embeddings()
     if tokens == 0:
         return head.weight.new_empty(0, head.weight.shape[1])
-    length = min(SEQUENCE_TOKENS, tokens)
-    batch = -(-tokens // length)
     states: list[Tensor] = []
 
     def keep(_: Any, arguments: tuple[Tensor, ...]) -> None:
         states.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).clone())
 
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        _sample(model, tokens, seed, progress)
+    finally:
+        hook.remove()
+    return torch.cat(states)
+
+
+@torch.inference_mode()
+def sample_windows(
+    model: PreTrainedModel, tokens: int, seed: int, progress: bool = False
+) -> list[Tensor]:
+    """Sample text at temperature 1 from the model.
+
+    Args:
+        model: a causal LM; its state and the global random state are left as they were.
+        tokens: about how many, 1 or more (rounded up to whole sequences).
+        seed: of the sampling.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `int64[length + 1]` a sequence, the token that a text starts with first.
+    """
+    return list(_sample(model, tokens, seed, progress).cpu())
+
+
+def _sample(model: PreTrainedModel, tokens: int, seed: int, progress: bool) -> Tensor:
+    """Sequences of sampled tokens behind their first one: `int64[batch, 1 + length]`."""
+    length = min(SEQUENCE_TOKENS, tokens)
+    batch = -(-tokens // length)
     start = torch.full((batch, 1), _first_token(model), device=model.device)
     config = GenerationConfig(
         do_sample=True,
@@ -58,7 +86,6 @@ def sample_hidden_states(
         pad_token_id=0,
         use_cache=True,
     )
-    hook = head.register_forward_pre_hook(keep)
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -67,16 +94,15 @@ def sample_hidden_states(
     try:
         with torch.random.fork_rng(devices=[]), bar:
             torch.manual_seed(seed)
-            model.generate(
+            ids: Tensor = model.generate(
                 start,
                 attention_mask=torch.ones_like(start),
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
             )
     finally:
-        hook.remove()
         model.train(was_training)
-    return torch.cat(states)
+    return ids
 
 
 def _first_token(model: PreTrainedModel) -> int:

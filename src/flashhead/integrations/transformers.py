@@ -140,7 +140,7 @@ def load_dense(
     compressed-tensors are unpacked to `dtype`, since transformers has no kernels that read them.
 
     Raises:
-        FlashHeadError: it is not there, not readable, or no causal LM.
+        FlashHeadError: it is not there, not readable, no causal LM, or a tensor of it is missing.
     """
     path = Path(source)
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -150,18 +150,27 @@ def load_dense(
     else:
         where["use_safetensors"] = True
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **where
+        )
     except ImportError as error:
         extra = "gguf" if path.suffix == ".gguf" else "quantize"
         raise FlashHeadError(
             f"model {str(path)!r}: {_first_line(error)}; pip install 'flashhead[{extra}]'"
         ) from error
     except Exception as error:  # whatever the checkpoint's reader raises: the cause stays attached
+        if "normal_kernel" in str(error):  # transformers cannot make up integers
+            raise FlashHeadError(
+                f"model {str(path)!r} is not whole: no file of it holds one of its packed tensors"
+            ) from error
         if not _is_checkpoint_error(error):
             raise
         raise FlashHeadError(
             f"model {str(path)!r} cannot be loaded: {_first_line(error)}; {known_names()}"
         ) from error
+    if info["missing_keys"]:  # transformers makes up random ones
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FlashHeadError(f"model {str(path)!r} is not whole: no file of it holds {missing}")
     quantization = getattr(model.config, "quantization_config", None)
     ours = isinstance(quantization, dict) and quantization.get("quant_method") == "flashhead"
     if quantization is not None and (ours or path.suffix == ".gguf"):
