@@ -7,6 +7,9 @@ replaces the head by one that returns a constant: what it reaches is the upper b
 With `compile=True` the same is measured once more with a static cache and the decoder compiled for
 one token (`torch.compile`), on all sides alike: transformers' own overhead a token then shrinks.
 The head stays outside the compiled part, so that all sides share one compiled body.
+
+With a `base`, the model that a quantized variant was made from, two more sides run: the base as it
+is, and the variant's body with an int8 dense head (torch's weight-only product).
 """
 
 import contextlib
@@ -19,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flashhead.bench.products import int8_codes
 from flashhead.bench.timing import quantiles
 from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
+from flashhead.nn.packed import Int8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +82,7 @@ def bench_decode(
     new_tokens: int,
     repeats: int,
     compile: bool = False,  # noqa: A002
+    base: "PreTrainedModel | None" = None,
 ) -> dict[str, Any]:
     """Time `generate` with the dense head, with FlashHead and with no head, interleaved.
 
@@ -89,9 +95,12 @@ def bench_decode(
         new_tokens: tokens generated a run.
         repeats: rounds through all prompts.
         compile: measure with a static cache and a compiled decoder, too.
+        base: a model with its own head to compare with as well, and with it an int8 head.
 
     Returns:
-        JSON document: `eager` and `compiled` (None unless asked for), eager's main figures on top.
+        JSON document: `eager` and `compiled` (None unless asked for), eager's main figures on top;
+        with a base each of them has `stacked`: how many times as fast as it FlashHead is, and as
+        its own body with an int8 head.
 
     Raises:
         FlashHeadError: a value out of range, or a model without FlashHead.
@@ -117,15 +126,19 @@ def bench_decode(
             "flash": _Side(model_flash, flash),
             "body": _Side(model_flash, ConstantHead(flash.weight.shape[0])),
         }
+        if base is not None:
+            sides["base"] = _Side(base, base.get_output_embeddings())
+            sides["int8"] = _Side(model_flash, int8_twin(flash))
         return _interleave(sides, inputs, new_tokens, repeats, runner)
 
     eager, compiled = measure(lambda _model: {}), None
     if compile:
         length = max(len(batch["input_ids"][0]) for batch in inputs) + new_tokens
         with contextlib.ExitStack() as stack:
-            for model in {id(m): m for m in (model_dense, model_flash)}.values():
+            models = {id(m): m for m in (model_dense, model_flash, base) if m is not None}
+            for model in models.values():
                 stack.enter_context(compiled_decoder(model))
-            caches = {id(m): _static_cache(m, length) for m in (model_dense, model_flash)}
+            caches = {key: _static_cache(model, length) for key, model in models.items()}
             compiled = measure(lambda model: {"past_key_values": _reset(caches[id(model)])})
     return {
         "model": model_flash.name_or_path,
@@ -152,6 +165,13 @@ def linear_twin(head: nn.Linear) -> nn.Linear:
     twin = nn.Linear(in_features, out_features, bias=head.bias is not None, device="meta")
     twin.weight, twin.bias = head.weight, head.bias
     return twin
+
+
+def int8_twin(head: nn.Linear) -> nn.Module:
+    """A dense head of the same rows in 8 bits, a scale a row."""
+    codes, scales = int8_codes(head.weight.detach())
+    bias = None if head.bias is None else head.bias.detach()
+    return Int8Linear(codes, scales, bias)
 
 
 def _interleave(
@@ -234,7 +254,21 @@ def _summary(sides: dict[str, _Side], new_tokens: int) -> dict[str, Any]:
         ),
         "sides": {name: _rates(side, new_tokens) for name, side in sides.items()},
         "head_statistics": _counters(flash.head),
+        "stacked": _stacked(sides),
     }
+
+
+def _stacked(sides: dict[str, _Side]) -> dict[str, float] | None:
+    """FlashHead on its body against the base, and against an int8 head on the same body."""
+    if "base" not in sides:
+        return None
+    result: dict[str, float] = {}
+    for name in ("base", "int8"):
+        median, p10, p90 = quantiles(_ratios(sides[name].seconds, sides["flash"].seconds))
+        result |= {f"over_{name}": median, f"over_{name}_p10": p10, f"over_{name}_p90": p90}
+        decode = _ratios(sides[name].decode_seconds, sides["flash"].decode_seconds)
+        result[f"over_{name}_decode"] = quantiles(decode)[0]
+    return result
 
 
 def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
@@ -302,4 +336,11 @@ def format_decode_table(document: dict[str, Any]) -> str:
             f"{mode:<10}{result['speedup']:>8.2f}x{spread:>13}{result['upper_bound']:>7.2f}x"
             f"{result['head_share']:>7.0%}{result['agreement']:>9.1%}{dense:>13.1f}{flash:>13.1f}"
         )
+        stacked = result["stacked"]
+        if stacked is not None:
+            lines += [
+                f"{'':<10}{stacked[f'over_{name}']:.2f}x "
+                f"({stacked[f'over_{name}_p10']:.2f}-{stacked[f'over_{name}_p90']:.2f}) {what}"
+                for name, what in (("base", "the base"), ("int8", "this body with an int8 head"))
+            ]
     return "\n".join(lines)

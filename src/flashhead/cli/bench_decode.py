@@ -30,6 +30,11 @@ def add_parser(subparsers: Any) -> None:
         "--repeats", type=integer(1), default=5, metavar="N", help="rounds (default: 5)"
     )
     parser.add_argument(
+        "--against",
+        metavar="BASE",
+        help="also time this model with its own dense head, and an int8 head on MODEL's body",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="static cache and torch.compile, for both heads"
     )
 
@@ -39,8 +44,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = _prompts(args)
     from flashhead.cli import session
 
+    base = None if args.against is None else session.open_source(args.against)
     model, tokenizer = session.load_model(args, args.head)
     from flashhead.bench.decode import bench_decode, format_decode_table
+    from flashhead.integrations.transformers import load_dense
 
     document = bench_decode(
         model,
@@ -50,8 +57,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         new_tokens=args.new_tokens,
         repeats=args.repeats,
         compile=args.compile,
+        base=None if base is None else load_dense(base),
     )
-    document["model"] = args.model
+    document |= {"model": args.model, "base": args.against}
     print(format_decode_table(document))
     return document
 

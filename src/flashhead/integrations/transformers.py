@@ -22,6 +22,7 @@ from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.index.store import load_index
 from flashhead.integrations.calibration import sample_hidden_states
+from flashhead.integrations.packed import pack_body
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
 from flashhead.nn.tuning import Crossover
@@ -86,6 +87,7 @@ def load(
     device: str | torch.device = "cpu",
     impl: str = "auto",
     crossover: int | None = None,
+    packed: bool | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
     **options: Any,
@@ -101,6 +103,8 @@ def load(
         impl: "auto", "cpu", "triton" or "reference".
         crossover: up to how many rows the index is searched, 0 or a power of two up to 64; None:
             measured once on this machine.
+        packed: whether linear layers that compressed-tensors packed multiply with their codes
+            (`nn/packed.py`) instead of being unpacked; None: where the CPU has a product for them.
         trust_remote_code: run Python code that the model's folder brings.
         progress: progress bars on stderr.
         options: fields of `CodesOptions` or `ClustersOptions`.
@@ -115,7 +119,10 @@ def load(
     if head is not None:
         _require_head(head)
     source = resolve(model, progress)
-    loaded = load_dense(source, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    place = torch.device(device)
+    loaded = load_dense(
+        source, dtype=dtype, trust_remote_code=trust_remote_code, packed=packed, device=place
+    )
     section = getattr(loaded.config, "flashhead", None)
     if not isinstance(section, dict) or not Path(source).is_dir():
         section = None
@@ -134,10 +141,16 @@ def load(
 
 
 def load_dense(
-    source: str, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+    packed: bool | None = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM as it is: safetensors or GGUF only, never pickled weights. Weights packed by
-    compressed-tensors are unpacked to `dtype`, since transformers has no kernels that read them.
+    compressed-tensors are unpacked to `dtype`, since transformers has no kernels that read them, or
+    stay packed (`packed`, as in `load`).
 
     Raises:
         FlashHeadError: it is not there, not readable, no causal LM, or a tensor of it is missing.
@@ -176,10 +189,12 @@ def load_dense(
     if quantization is not None and (ours or path.suffix == ".gguf"):
         del model.config.quantization_config  # plain weights, or dequantized: saving would refuse
     # the library would unpack at the first call of the whole model, too late for its parts
+    device = device or torch.device("cpu")
+    pack_body(model, packed, device)
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
         compressor.decompress_model(model)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
