@@ -1,5 +1,5 @@
-"""Drafts for `vllm_gpu_speculation.py`: EAGLE and EAGLE-3 (arXiv 2401.15077, 2503.01840) for a Llama
-of `vllm_gpu_models.py`, with weights by construction, not by training.
+"""Drafts for `vllm_gpu_speculation.py`: EAGLE (arXiv 2401.15077) and EAGLE-3 (2503.01840) for a
+Llama of `vllm_gpu_models.py`, with weights by construction, not by training.
 
 In such a model a token's input embedding is almost the hidden state that it leads to, so a draft
 that hands the embedding on to the head proposes what the target will mostly choose:
@@ -33,8 +33,17 @@ CALIBRATION = 1024
 Weights = dict[str, Tensor]
 
 
-def make_draft(kind: str, target: Path, folder: Path) -> dict[str, Any]:
-    """Write a draft's checkpoint; what was made, as JSON values."""
+def make_draft(
+    kind: str, target: Path, folder: Path, crossover: int | None = None
+) -> dict[str, Any]:
+    """Write a draft's checkpoint; what was made, as JSON values.
+
+    Args:
+        kind: "eagle" or "eagle3".
+        target: folder of the model that it drafts for.
+        folder: to make.
+        crossover: rows up to which its own head is searched; None: measured at load.
+    """
     config = json.loads((target / "config.json").read_text())
     if config["model_type"] != "llama":
         raise ValueError(f"{target}: a {config['model_type']}, wanted a llama")
@@ -54,9 +63,13 @@ def make_draft(kind: str, target: Path, folder: Path) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
         }
         embeddings = weights["model.embed_tokens.weight"]
+        if crossover is not None:
+            config["flashhead_options"] = {"crossover": crossover}
         config["flashhead"] = _write_index(made["lm_head.weight"], embeddings[tokens], folder)
-    made = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor
-            for name, tensor in made.items()}
+    made = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in made.items()
+    }
     save_file(made, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     rows = len(made["lm_head.weight"]) if "lm_head.weight" in made else None
@@ -115,7 +128,7 @@ def _eagle3(config: dict[str, Any], head: Tensor) -> tuple[Weights, Tensor]:
 def _write_index(head: Tensor, embeddings: Tensor, folder: Path) -> dict[str, Any]:
     """The index of the draft's head for the states that it will search for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    some = embeddings[: CALIBRATION].float()
+    some = embeddings[:CALIBRATION].float()
     states = (some / some.square().mean(1, keepdim=True).sqrt()).bfloat16().to(device)
     index = build_codes(head.bfloat16().to(device), CodesOptions(), states)
     return save_index(index.to(torch.device("cpu")), head.bfloat16(), states[:64].cpu(), folder)
@@ -124,7 +137,9 @@ def _write_index(head: Tensor, embeddings: Tensor, folder: Path) -> dict[str, An
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     target, folder = Path(job["target"]), Path(job["folder"])
-    made = {kind: make_draft(kind, target, folder / kind) for kind in job["kinds"]}
+    made = {
+        kind: make_draft(kind, target, folder / kind, job["crossover"]) for kind in job["kinds"]
+    }
     Path(job["out"]).write_text(json.dumps(made))
 
 

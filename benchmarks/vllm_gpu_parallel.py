@@ -21,6 +21,7 @@ The document is saved after every shape; exit code 1 if any text parts otherwise
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -61,20 +62,21 @@ class Workplace:
         self.path = self.stock_path if plugin is None else f"{plugin}{os.pathsep}{self.stock_path}"
         self.is_installed = plugin is None
 
-    def make(self, names: list[str], program: str = "vllm_gpu_models.py") -> dict[str, Any]:
-        """Make a model for each name, side by side: what the program told of each."""
-        children = {}
-        for name in names:
-            job = {"folder": str(self.folder / f"model-{name}"), "shape": name}
-            job["out"] = str(self.folder / f"{name}.json")
-            path = self.folder / f"{name}.job.json"
-            path.write_text(json.dumps(job))
-            children[name] = job["out"], subprocess.Popen(
+    def make(
+        self, jobs: dict[str, dict[str, Any]], program: str = "vllm_gpu_models.py"
+    ) -> dict[str, Any]:
+        """Run a program for each job, side by side: what it told of each."""
+        children, made = {}, {}
+        for name, job in jobs.items():
+            out, path = str(self.folder / f"{name}.json"), self.folder / f"{name}.job.json"
+            given = {"folder": str(self.folder / f"model-{name}"), "shape": name, "out": out}
+            path.write_text(json.dumps(given | job))
+            process = subprocess.Popen(
                 [sys.executable, str(HERE / program), str(path)],
                 env={**os.environ, "PYTHONPATH": self.path, **self._visible()},
                 stdout=subprocess.DEVNULL,
             )
-        made: dict[str, Any] = {}
+            children[name] = out, process
         for name, (out, child) in children.items():
             if child.wait():
                 raise EngineError(f"{name}: making the model ended with {child.returncode}")
@@ -179,7 +181,7 @@ def time_pairs(
         {name: new[name] - old[name] for name in new}
         for old, new in zip(before, after, strict=True)
     ]
-    flat = [sum(column, []) for column in zip(*checks, strict=True)]
+    flat = [list(itertools.chain(*column)) for column in zip(*checks, strict=True)]
     row["divergences"] = compare_texts(engines["dense"], *flat)
     return row
 
@@ -264,8 +266,8 @@ def table(document: dict[str, Any]) -> str:
     """The document as text."""
     lines = []
     for name, shape in document["shapes"].items():
-        for row in shape.get("rows", []):
-            lines.append(f"{name} TP={document['tensor_parallel']} b={row['batch']}: {_line(row)}")
+        head = f"{name} TP={document['tensor_parallel']}"
+        lines += [f"{head} b={row['batch']}: {_line(row)}" for row in shape.get("rows", [])]
         lines += [f"{name}: ERROR: {text}" for text in shape.get("errors", [])]
     return "\n".join(lines)
 
@@ -298,7 +300,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.model:
         made = {names[0]: {"model": args.model, "options": {}, "weights": "real"}}
     else:
-        made = place.make(names)
+        made = place.make({name: {} for name in names})
     document: dict[str, Any] = {
         "benchmark": "vllm_gpu_parallel",
         "device": args.device,

@@ -6,7 +6,8 @@ vLLM's `collective_rpc`, so an engine may have any number of ranks.
 
 Messages are JSON. The first one holds `engine`, the arguments of `vllm.LLM`; then each is a
 question: `prompts` (lists of tokens), `tokens` to generate greedily and `logits` (so many of the
-largest are told), or `statistics` of FlashHead's heads, worker by worker.
+largest are told), `statistics` of FlashHead's heads, worker by worker, or `metrics`: vLLM's own
+counters of speculation.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LOG_LINES = 60
+STOPS = ((signal.SIGCONT, 0.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
 START_SECONDS, ANSWER_SECONDS = 420.0, 300.0
 SETTINGS = {
     "skip_tokenizer_init": True,
@@ -97,9 +99,7 @@ class Engine:
         self.start_s = round(time.monotonic() - self.began, 1)
         return found | {"start_s": self.start_s}
 
-    def generate(
-        self, prompts: list[list[int]], tokens: int, *, logits: int = 0
-    ) -> dict[str, Any]:
+    def generate(self, prompts: list[list[int]], tokens: int, *, logits: int = 0) -> dict[str, Any]:
         """Greedy texts of exactly `tokens` tokens.
 
         Returns:
@@ -113,9 +113,18 @@ class Engine:
         found: list[list[dict[str, Any]]] = self._ask({"statistics": True})["statistics"]
         return found
 
+    def metrics(self) -> dict[str, float]:
+        """VLLM's counters of speculation; the engine needs `disable_log_stats=False`."""
+        found: dict[str, float] = self._ask({"metrics": True})["metrics"]
+        return found
+
     def close(self) -> None:
         """End it, with its workers."""
-        for number, patience in ((signal.SIGCONT, 0.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5)):
+        for number, patience in (
+            (signal.SIGCONT, 0.0),
+            (signal.SIGTERM, 10.0),
+            (signal.SIGKILL, 5),
+        ):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,6 +181,10 @@ def serve(parent: Connection) -> None:
             return
         if "statistics" in question:
             answer = {"statistics": llm.collective_rpc("flashhead_statistics")}
+        elif "metrics" in question:
+            told = (metric for metric in llm.get_metrics() if "spec_decode" in metric.name)
+            values = {m.name.partition(":")[2]: m.value for m in told if hasattr(m, "value")}
+            answer = {"metrics": values}
         else:
             answer = _generated(vllm, llm, question)
         parent.send_bytes(json.dumps(answer).encode())

@@ -13,6 +13,8 @@ card at a time. Greedy decoding, batch 1, 8 and 32.
 - step, head, sampler us: time in which the GPU works, from torch's profiler (`gpu_trace.py`)
 - share: of what the head alone became faster by, how much the step did
 - ms/tok: wall time a token; on a slow host the host, not the GPU, sets it
+- path: of FlashHead's rows; beyond the crossover, which the engine measures before its first
+  batch (as `flashhead tune` does), they are dense and nothing is saved
 - parted: texts of FlashHead that part from the dense head's; each must be a tie in bfloat16
 
 The document is saved after every engine. vLLM is needed, flashhead need not be installed:
@@ -276,8 +278,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--crossover",
         type=lambda text: None if text == "auto" else int(text),
-        default=64,
-        help="rows up to which FlashHead searches (default: 64); auto: measured while others start",
+        metavar="ROWS",
+        help="rows up to which FlashHead searches (default: auto, measured once all have started)",
     )
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON, for vLLM")
     parser.add_argument("--work", help="folder for models and logs, kept (default: temporary)")

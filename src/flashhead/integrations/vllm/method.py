@@ -50,6 +50,8 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.allows_adapters = engine.lora_config is not None
         self.adapted: set[int] | None = None
         """Rows of the batch with an adapter of the head itself; None: nobody has told."""
+        self.asked_by_draft = False
+        """Whether a draft that shares the head asks."""
         self.head: FlashHead | None = None
         self.dense_rows = self.index_bytes = 0
         self.is_gathered = self.is_ready = False
@@ -157,7 +159,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         return winner, logits
 
     def _needs(self, count: int) -> list[Need]:
-        if self.is_draft:  # whatever it proposes is verified
+        if self.is_draft or self.asked_by_draft:  # whatever it proposes is verified
             return [Need.WINNER] * count
         tracker = tracker_of(self.instance)
         if tracker is not None:
