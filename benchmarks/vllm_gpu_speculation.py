@@ -62,6 +62,8 @@ CASES = {
     "eagle3-verified-dense": Case("eagle3", "dense", draft_searched=True),
 }
 """EAGLE's head is the target's; EAGLE-3's is its own."""
+ROWS = ("searched_rows", "dense_rows", "draft_rows")
+"""Counters of a head; the last are rows of the target's head that a draft asked for."""
 COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
 
 
@@ -88,7 +90,7 @@ def served(engine: Engine) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for head in heads:
         side = "draft" if head.get("draft") else "target"
-        found[side] = {name: head.get(name, 0) for name in ("searched_rows", "dense_rows")}
+        found[side] = {name: head.get(name, 0) for name in ROWS}
     return found
 
 
@@ -101,11 +103,14 @@ def errors_of(case: Case, row: dict[str, Any]) -> list[str]:
         errors.append(f"no proposal was accepted: {row['metrics']}")
     wanted = {"target": case.target in ("greedy", "search"), "draft": case.draft_searched}
     for side, searched in wanted.items():
-        found = heads.get(side, {}).get("searched_rows", 0)
+        own = heads.get(side, {})
+        found = own.get("searched_rows", 0) - own.get("draft_rows", 0)
         if searched and not found:
             errors.append(f"the head of the {side} was not searched: {heads}")
         if not searched and found:
             errors.append(f"the head of the {side} was searched: {heads}")
+    if case.draft == "eagle" and not heads["target"]["draft_rows"]:
+        errors.append(f"the draft did not ask the target's head: {heads}")
     return errors
 
 
@@ -189,6 +194,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
     if "heads" in row:
         for side, rows in row["heads"].items():
             cells.append(f"{side} searched/dense {rows['searched_rows']}/{rows['dense_rows']}")
+            cells += [f"{rows['draft_rows']} for the draft"] if rows["draft_rows"] else []
         drafts, accepted = (row["metrics"].get(counter, 0) for counter in COUNTERS)
         cells.append(f"accepted {accepted:.0f} in {drafts:.0f} drafts")
         parted = row["divergences"]

@@ -280,6 +280,14 @@ def test_summary():
     flash["rows"]["dense_rows"] = 1
     add_summary(shape)
     assert len(shape["errors"]) == 2
+    shape["crossover"], shape["engines"]["flashhead"]["crossover"] = None, {"token": 0}
+    flash["rows"] = {"searched_rows": 0, "dense_rows": 6, "expected": 6}
+    add_summary(shape)
+    (row,) = shape["summary"]
+    assert (row["path"], row["meets_target"], len(shape["errors"])) == ("dense", None, 1)
+    shape["engines"]["flashhead"]["crossover"] = {"token": 1}
+    add_summary(shape)
+    assert len(shape["errors"]) == 2
     dense.pop("answers")
     told, errors = divergences(dense, flash)
     assert (told["parted"], errors) == (1, [])
@@ -288,7 +296,8 @@ def test_summary():
 
 def test_command_line(tmp_path):
     assert parse([]).shapes == list(SHAPES)
-    assert parse(["--crossover", "auto"]).crossover is None
+    assert parse([]).crossover is None
+    assert parse(["--crossover", "64"]).crossover == 64
     assert parse(["--batches", "1,8"]).batches == [1, 8]
     assert parse(["--smoke"]).shapes == ["smoke"]
     (tmp_path / "file").touch()
