@@ -63,11 +63,25 @@ class Workplace:
         self.is_installed = plugin is None
 
     def make(
-        self, jobs: dict[str, dict[str, Any]], program: str = "vllm_gpu_models.py"
+        self,
+        jobs: dict[str, dict[str, Any]],
+        program: str = "vllm_gpu_models.py",
+        there: str | None = None,
     ) -> dict[str, Any]:
-        """Run a program for each job, side by side: what it told of each."""
-        children, made = {}, {}
+        """Run a program for each job, side by side: what it told of each.
+
+        Args:
+            jobs: by the names of what is made.
+            program: beside this one.
+            there: `--work` of `vllm_gpu_step.py`, whose models are taken instead of new ones.
+        """
+        children: dict[str, Any] = {}
+        made: dict[str, Any] = {}
         for name, job in jobs.items():
+            kept = Path(there or self.folder) / f"{name}.make.json"
+            if kept.exists():
+                made[name] = json.loads(kept.read_text())
+                continue
             out, path = str(self.folder / f"{name}.json"), self.folder / f"{name}.job.json"
             given = {"folder": str(self.folder / f"model-{name}"), "shape": name, "out": out}
             path.write_text(json.dumps(given | job))
@@ -196,14 +210,16 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
 
 
-def engines_of(place: Workplace, name: str, made: dict[str, Any], args: Any) -> dict[str, Engine]:
-    """Start a shape's engines side by side."""
+def engines_of(
+    place: Workplace, name: str, made: dict[str, Any], card: str | None, args: Any
+) -> dict[str, Engine]:
+    """Start a shape's engines side by side, on a card or on all that are visible."""
     plain = {"model": made["model"], "tensor_parallel_size": args.tensor_parallel}
     plain |= args.engine_arguments
     options = made["options"] | ({} if args.crossover is None else {"crossover": args.crossover})
     ours = plain | {"quantization": "flashhead", "worker_extension_cls": WORKER}
     ours["hf_overrides"] = {"flashhead_options": options}
-    environment = {}
+    environment = {} if card is None else {"CUDA_VISIBLE_DEVICES": card}
     if place.device == "cpu" and args.tensor_parallel > 1:
         cores = [str(core % (os.cpu_count() or 1)) for core in range(args.tensor_parallel)]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
@@ -300,7 +316,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.model:
         made = {names[0]: {"model": args.model, "options": {}, "weights": "real"}}
     else:
-        made = place.make({name: {} for name in names})
+        made = place.make({name: {} for name in names}, there=args.models)
     document: dict[str, Any] = {
         "benchmark": "vllm_gpu_parallel",
         "device": args.device,
@@ -312,14 +328,18 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **provenance(),
     }
     with closing({}) as alive:
-        groups = {}
-        for name in names if args.device == "cuda" else names[:1]:
-            groups[name] = engines_of(place, name, made[name], args)
-            alive |= {engine.label: engine for engine in groups[name].values()}
+        groups: dict[str, dict[str, Engine]] = {}
+
+        def start(name: str) -> None:
+            card = args.gpus[names.index(name) % len(args.gpus)] if args.gpus else None
+            groups[name] = engines_of(place, name, made[name], card, args)
+            alive.update({engine.label: engine for engine in groups[name].values()})
+
+        for name in names if args.device == "cuda" else []:
+            start(name)
         for name in names:
             if name not in groups:  # a CPU has one shape's engines at a time
-                groups[name] = engines_of(place, name, made[name], args)
-                alive |= {engine.label: engine for engine in groups[name].values()}
+                start(name)
             try:
                 document["shapes"][name] = measure(groups[name], made[name], args)
             except EngineError as error:
@@ -346,6 +366,12 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="a real model instead of the shapes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="CARDS")
+    parser.add_argument(
+        "--gpus",
+        type=lambda text: text.split(","),
+        help="cards, as 0,1: a shape is on one of them (without --tensor-parallel)",
+    )
+    parser.add_argument("--models", metavar="FOLDER", help="--work of an earlier vllm_gpu_step.py")
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
@@ -360,8 +386,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--shapes {unknown[0]}: wanted some of {', '.join(SHAPES)}, smoke, tiny")
     if args.pairs < 1 or args.tokens < 2 or min(args.batches) < 1 or max(args.batches) > 32:
         parser.error("wanted 1 pair or more, 2 tokens or more, batches of 1 to 32")
-    if args.tensor_parallel < 1:
-        parser.error(f"--tensor-parallel {args.tensor_parallel}: wanted 1 or more")
+    if args.tensor_parallel < 1 or (args.gpus and args.tensor_parallel > 1):
+        parser.error(f"--tensor-parallel {args.tensor_parallel}: wanted 1 or more; 1 with --gpus")
     return args
 
 

@@ -136,7 +136,7 @@ def measure(
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the models, then the cases in turn; on a GPU their engines start side by side."""
     place = Workplace(folder, args.device)
-    target = place.make({args.shape: {}})[args.shape]["model"]
+    target = place.make({args.shape: {}}, there=args.models)[args.shape]["model"]
     config = json.loads((Path(target) / "config.json").read_text())
     args.vocab_size = config["vocab_size"]
     job = {"target": target, "kinds": list(DRAFTS), "crossover": args.crossover}
@@ -214,6 +214,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=("llama-3.2-1b", "tiny"), default="llama-3.2-1b")
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES))
+    parser.add_argument("--models", metavar="FOLDER", help="--work of an earlier vllm_gpu_step.py")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batches", type=_numbers, default=[1, 4])
     parser.add_argument("--tokens", type=int, default=64)

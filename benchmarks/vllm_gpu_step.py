@@ -166,7 +166,7 @@ class Bench:
             "tokens": args.tokens,
             "profiled_tokens": min(64, args.tokens),
             "gate": str(self.gate),
-            "engines": len(self.cards) * len(ENGINES),
+            "engines": len(self.cards) * len(args.kinds),
             "lock": str(self.work / f"card-{card}.lock"),
             "arguments": args.engine_arguments,
         }
@@ -198,8 +198,8 @@ class Bench:
                 if child.process.poll() is not None:
                     del makers[name]
                     self.document["shapes"][name]["model"] = made = child.result()
-                    kinds = _kinds(made)
-                    for kind in ENGINES:
+                    kinds = [kind for kind in _kinds(made) if kind in self.args.kinds]
+                    for kind in self.args.kinds:
                         if kind not in kinds:
                             self.open_gate(f"{name}.{kind}")
                     if kinds:
@@ -271,6 +271,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
     parser.add_argument("--model", metavar="FOLDER", help="a real model instead of the shapes")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(ENGINES))
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32])
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256)
@@ -290,6 +291,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.shapes) - set(SHAPES))
     if unknown:
         parser.error(f"--shapes {unknown[0]}: wanted some of {', '.join(SHAPES)}")
+    if not {"dense", "flashhead"} <= set(args.kinds) <= set(ENGINES):
+        parser.error(f"--kinds {','.join(args.kinds)}: wanted dense,flashhead, maybe default")
     if max(args.batches) > 32 or min(args.batches) < 1:
         parser.error("--batches: wanted 1 to 32")
     if args.tokens < 16:

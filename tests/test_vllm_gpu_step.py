@@ -301,6 +301,11 @@ def test_command_line(tmp_path):
     assert parse(["--batches", "1,8"]).batches == [1, 8]
     assert parse(["--smoke"]).shapes == ["smoke"]
     (tmp_path / "file").touch()
-    for wrong in (["--shapes", "one"], ["--batches", "64"], ["--work", str(tmp_path)]):
+    for wrong in (
+        ["--shapes", "one"],
+        ["--batches", "64"],
+        ["--kinds", "dense"],
+        ["--work", str(tmp_path)],
+    ):
         with pytest.raises(SystemExit):
             parse(wrong)
