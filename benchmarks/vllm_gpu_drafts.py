@@ -9,11 +9,14 @@ that hands the embedding on to the head proposes what the target will mostly cho
 - eagle3: a layer whose attention looks at its own position only (queries and keys are the embedding
   scaled up) and copies the embedding. Its head is its own: half of the target's rows, with an index
   of its own, and `d2t` says which; every second proposal or so must be refused.
+- mtp: the target's checkpoint as a MiMo (a Qwen2: its biases are zero) with a layer behind it that
+  predicts one more token and hands the embedding on (multi-token prediction, arXiv 2404.19737).
 
     python benchmarks/vllm_gpu_drafts.py JOB.json
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from flashhead.index.build_codes import build_codes
 from flashhead.index.store import save_index
 from flashhead.options import CodesOptions
 
-DRAFTS = ("eagle", "eagle3")
+DRAFTS = ("eagle", "eagle3", "mtp")
 SHARPNESS = 3.0
 """Of the attention to its own position: 9 sqrt(head_dim) before the softmax."""
 CALIBRATION = 1024
@@ -39,7 +42,7 @@ def make_draft(
     """Write a draft's checkpoint; what was made, as JSON values.
 
     Args:
-        kind: "eagle" or "eagle3".
+        kind: of `DRAFTS`.
         target: folder of the model that it drafts for.
         folder: to make.
         crossover: rows up to which its own head is searched; None: measured at load.
@@ -47,10 +50,12 @@ def make_draft(
     config = json.loads((target / "config.json").read_text())
     if config["model_type"] != "llama":
         raise ValueError(f"{target}: a {config['model_type']}, wanted a llama")
-    config.pop("flashhead", None)
     weights = load_file(target / "model.safetensors")
-    config |= {"num_hidden_layers": 1}
     folder.mkdir(parents=True)
+    if kind == "mtp":
+        return _write_mtp(config, weights, target, folder)
+    config.pop("flashhead", None)
+    config |= {"num_hidden_layers": 1}
     if kind == "eagle":
         made = _eagle(config)
         config |= {"architectures": ["LlamaForCausalLM"]}
@@ -66,14 +71,33 @@ def make_draft(
         if crossover is not None:
             config["flashhead_options"] = {"crossover": crossover}
         config["flashhead"] = _write_index(made["lm_head.weight"], embeddings[tokens], folder)
-    made = {
-        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
-        for name, tensor in made.items()
-    }
-    save_file(made, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    _write(made, config, folder)
     rows = len(made["lm_head.weight"]) if "lm_head.weight" in made else None
     return {"model": str(folder), "kind": kind, "own_head_rows": rows}
+
+
+def _write(weights: Weights, config: dict[str, Any], folder: Path) -> None:
+    floats = {name: t.bfloat16() for name, t in weights.items() if t.is_floating_point()}
+    save_file(weights | floats, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _write_mtp(
+    config: dict[str, Any], weights: Weights, target: Path, folder: Path
+) -> dict[str, Any]:
+    """The target and its layer in one checkpoint, with the target's index."""
+    d, heads = config["hidden_size"], config["num_key_value_heads"]
+    layer = _layer(config, d, heads)
+    layer |= {f"{name}_layernorm.weight": torch.ones(d) for name in ("token", "hidden", "final")}
+    layer["input_proj.weight"] = torch.cat([torch.zeros(d, d), torch.eye(d)], dim=1)
+    made = weights | {f"model.mtp_layers.0.{name}": tensor for name, tensor in layer.items()}
+    for name, tensor in list(made.items()):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            made[name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
+    config |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
+    _write(made, config | {"num_nextn_predict_layers": 1}, folder)
+    shutil.copytree(target / "flashhead", folder / "flashhead")
+    return {"model": str(folder), "kind": "mtp", "own_head_rows": None}
 
 
 def _layer(config: dict[str, Any], inputs: int, kv_heads: int) -> Weights:

@@ -216,16 +216,19 @@ class Measurement:
         return seconds, texts
 
     def measure_crossover(self) -> dict[str, Any]:
-        """Measure up to how many rows the search pays, as `flashhead tune` does, and use it.
+        """Measure up to how many rows the search pays, use and keep it, as `flashhead tune` does.
 
         At load the plugin measures the same, but here other engines were starting then.
         """
-        from flashhead.nn.crossover import crossover_of, time_rows
+        from flashhead.nn.crossover import crossover_of, key_of, time_rows
+        from flashhead.nn.tuning import Entry, cache_is_on, store_entry
 
         head = self.probe.flash_head
         timings = time_rows(head, CROSSOVER_PAIRS)
         found = crossover_of(timings)
         head.crossover_rows, head.token_crossover_rows = found.logits, found.token
+        if cache_is_on():
+            store_entry(Entry(key_of(head), found, CROSSOVER_PAIRS))
         timed = [dataclasses.asdict(timing) for timing in timings]
         return {**dataclasses.asdict(found), "pairs": CROSSOVER_PAIRS, "timings": timed}
 

@@ -1,4 +1,4 @@
-"""EAGLE and EAGLE-3 in vLLM with FlashHead on the target's head, the draft's, or both: is the
+"""EAGLE, EAGLE-3 and MTP in vLLM with FlashHead on the target's head, the draft's, or both: is the
 greedy text the one without speculation, and which heads were searched?
 
     python benchmarks/vllm_gpu_speculation.py --json out.json
@@ -60,8 +60,11 @@ CASES = {
     "eagle3-target-only": Case("eagle3", "greedy"),
     "eagle3-draft-only": Case("eagle3", "off", draft_searched=True),
     "eagle3-verified-dense": Case("eagle3", "dense", draft_searched=True),
+    "mtp": Case("mtp", "greedy"),
+    "mtp-verified-dense": Case("mtp", "dense"),
 }
-"""EAGLE's head is the target's; EAGLE-3's is its own."""
+SHARED = ("eagle", "mtp")
+"""Drafts that ask the target's head; EAGLE-3's is its own."""
 ROWS = ("searched_rows", "dense_rows", "draft_rows")
 """Counters of a head; the last are rows of the target's head that a draft asked for."""
 COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
@@ -76,8 +79,12 @@ def arguments(case: Case, target: str, drafts: dict[str, Any], args: Any) -> dic
             options["crossover"] = args.crossover
         given |= {"quantization": "flashhead", "hf_overrides": {"flashhead_options": options}}
     if case.draft is not None:
-        speculative = {"method": case.draft, "model": drafts[case.draft]["model"]}
-        speculative |= {"num_speculative_tokens": args.drafts}
+        folder = drafts[case.draft]["model"]
+        speculative = {"method": case.draft, "num_speculative_tokens": args.drafts}
+        if case.draft == "mtp":  # one checkpoint; its layer predicts one token
+            given["model"], speculative["num_speculative_tokens"] = folder, 1
+        else:
+            speculative["model"] = folder
         if case.draft_searched:
             speculative["quantization"] = "flashhead"
         given["speculative_config"] = speculative
@@ -109,7 +116,7 @@ def errors_of(case: Case, row: dict[str, Any]) -> list[str]:
             errors.append(f"the head of the {side} was not searched: {heads}")
         if not searched and found:
             errors.append(f"the head of the {side} was searched: {heads}")
-    if case.draft == "eagle" and not heads["target"]["draft_rows"]:
+    if case.draft in SHARED and not heads["target"]["draft_rows"]:
         errors.append(f"the draft did not ask the target's head: {heads}")
     return errors
 
