@@ -49,12 +49,12 @@ def test_two_ranks(run):
 
 def test_eagle(run):
     """Drafts with the target's head or their own: other texts than without, or a dense head."""
-    cases = "eagle,eagle-verified-dense,eagle3,eagle3-target-only,eagle3-draft-only,mtp"
+    cases = "eagle,eagle-verified-dense,eagle3,eagle3-target-only,mtp"
     short = ("--batches", "1,3", "--tokens", "24", "--crossover", "16")
     document = run("vllm_gpu_speculation.py", "--shape", "tiny", "--cases", cases, *short)
     found = document["cases"]
     assert {name: row["errors"] for name, row in found.items()} == {name: [] for name in found}
-    assert len(found) == 6
+    assert len(found) == 5
     assert found["eagle-verified-dense"]["heads"]["target"]["dense_rows"] > 0
     assert "draft" not in found["eagle3-target-only"]["heads"]
     exact = [found[name]["divergences"]["parted"] for name in ("eagle", "eagle3", "mtp")]

@@ -122,7 +122,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         if head is None:
             return self._dense(layer, x, bias)
         states = x.reshape(-1, x.shape[-1])
-        self.draft_rows += len(states) if self.asked_by_draft else 0
+        self.draft_rows += len(states) if self.asked_by_draft and not self.is_draft else 0
         winner, logits = self._split(len(states), head)
         if not (winner or logits) or not _is_searchable(states, head):
             self.dense_rows += len(states)
