@@ -300,11 +300,13 @@ def save(document: dict[str, Any], path: str | None) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Of flashhead; torch is imported only now."""
+    """Of flashhead, files by their names; torch is imported only now."""
     sys.path.insert(0, str(SOURCE))
     from flashhead.environment import provenance as found
 
-    return found()
+    told = found()
+    told["argv"] = [Path(given).name if given.startswith("/") else given for given in told["argv"]]
+    return told
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
