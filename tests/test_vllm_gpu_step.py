@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # ruff: noqa: E402
 from gpu_trace import step_times, union
+from vllm_gpu_engine import CROSSOVER_PAIRS, Measurement
 from vllm_gpu_models import MadeUpModel, make_model, summary, survivors, unpacked
 from vllm_gpu_shapes import SHAPES
 from vllm_gpu_step import ENTRY_POINTS, parse, write_plugin
 from vllm_gpu_summary import add_summary, divergences, table
 
 from flashhead.index.build_codes import build_codes
+from flashhead.nn.head import FlashHead
+from flashhead.nn.tuning import Crossover, read_entries
 from flashhead.options import CodesOptions
 
 TINY = {
@@ -292,6 +296,25 @@ def test_summary():
     told, errors = divergences(dense, flash)
     assert (told["parted"], errors) == (1, [])
     assert "counted only" in told["note"]
+
+
+def test_crossover_is_measured_where_it_serves(monkeypatch, tmp_path):
+    """A crossover that is told and not used, or measured again by the next engine."""
+    monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
+    monkeypatch.setenv("FLASHHEAD_TUNE_CACHE", "1")
+    weight, _ = clustered_head(900, 64)
+    linear = torch.nn.Linear(64, 900, bias=False)
+    linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    head = FlashHead(
+        linear, build_codes(linear.weight.detach(), CodesOptions()), crossover=Crossover(64, 64)
+    )
+    measurement = Measurement.__new__(Measurement)
+    measurement.probe = SimpleNamespace(flash_head=head)
+    found = measurement.measure_crossover()
+    assert (head.crossover_rows, head.token_crossover_rows) == (found["logits"], found["token"])
+    (entry,) = read_entries()
+    assert (entry.crossover.token, entry.pairs) == (found["token"], CROSSOVER_PAIRS)
+    assert {timing["use"] for timing in found["timings"]} == {"logits", "token"}
 
 
 def test_command_line(tmp_path):
