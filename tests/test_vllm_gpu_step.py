@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # ruff: noqa: E402
+import vllm_gpu_engine
 from gpu_trace import step_times, union
-from vllm_gpu_engine import CROSSOVER_PAIRS, Measurement
+from vllm_gpu_engine import Measurement
 from vllm_gpu_models import MadeUpModel, make_model, summary, survivors, unpacked
 from vllm_gpu_shapes import SHAPES
 from vllm_gpu_step import ENTRY_POINTS, parse, write_plugin
@@ -308,12 +309,13 @@ def test_crossover_is_measured_where_it_serves(monkeypatch, tmp_path):
     head = FlashHead(
         linear, build_codes(linear.weight.detach(), CodesOptions()), crossover=Crossover(64, 64)
     )
+    monkeypatch.setattr(vllm_gpu_engine, "CROSSOVER_PAIRS", 2)
     measurement = Measurement.__new__(Measurement)
     measurement.probe = SimpleNamespace(flash_head=head)
     found = measurement.measure_crossover()
     assert (head.crossover_rows, head.token_crossover_rows) == (found["logits"], found["token"])
     (entry,) = read_entries()
-    assert (entry.crossover.token, entry.pairs) == (found["token"], CROSSOVER_PAIRS)
+    assert (entry.crossover.token, entry.pairs) == (found["token"], 2)
     assert {timing["use"] for timing in found["timings"]} == {"logits", "token"}
 
 
