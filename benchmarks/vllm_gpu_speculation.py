@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gpu_drafts import DRAFTS
-from vllm_gpu_parallel import (
+from vllm_gpu_place import (
     WORKER,
     Workplace,
     compare_texts,

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # ruff: noqa: E402
 import vllm_gpu_parallel as parallel
+import vllm_gpu_place as place
 import vllm_gpu_speculation as speculation
 from vllm_gpu_drafts import make_draft
 from vllm_gpu_models import make_model
@@ -27,7 +28,7 @@ class Judge:
         self.logits, self.asked = logits, []
 
     def generate(self, prompts, tokens, *, logits):
-        assert (tokens, logits) == (1, parallel.TOLD_LOGITS)
+        assert (tokens, logits) == (1, place.TOLD_LOGITS)
         self.asked += prompts
         return {"logits": [[list(self.logits.items())] for _ in prompts]}
 
@@ -37,7 +38,7 @@ def test_partings_are_judged_where_they_are():
     judge = Judge({5: 12.0, 6: 11.9375, 7: 11.5})  # bf16 steps of 1/16
     prompts, wanted = [[1, 2], [3], [4], [8]], [[9, 5, 1], [9, 5, 2], [9, 5, 3], [9, 9, 9]]
     found = [[9, 6, 4], [9, 7, 2], [9, 8, 3], [9, 9, 9]]
-    told = parallel.compare_texts(judge, prompts, wanted, found)
+    told = place.compare_texts(judge, prompts, wanted, found)
     assert told == {"texts": 4, "parted": 3, "gaps_bf16_steps": [1.0, 8.0, None], "beyond": 2}
     assert judge.asked == [[1, 2, 9], [3, 9], [4, 9]]
     assert parallel.errors_of({"batch": 1, "divergences": told})
@@ -45,15 +46,15 @@ def test_partings_are_judged_where_they_are():
 
 
 def test_spread():
-    assert parallel.spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
-    assert parallel.spread([float(n) for n in range(11)]) == {"median": 5, "p10": 1, "p90": 9}
+    assert place.spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+    assert place.spread([float(n) for n in range(11)]) == {"median": 5, "p10": 1, "p90": 9}
 
 
 def test_prompts_are_every_engines():
-    one, other = (parallel.prompts_of(900, 3, "pair 0") for _ in range(2))
+    one, other = (place.prompts_of(900, 3, "pair 0") for _ in range(2))
     assert one == other
-    assert parallel.prompts_of(900, 3, "pair 1") != one
-    assert {len(prompt) for prompt in one} == {parallel.PROMPT_TOKENS}
+    assert place.prompts_of(900, 3, "pair 1") != one
+    assert {len(prompt) for prompt in one} == {place.PROMPT_TOKENS}
 
 
 @pytest.mark.parametrize(
