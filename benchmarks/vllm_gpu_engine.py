@@ -5,6 +5,7 @@ python benchmarks/vllm_gpu_engine.py JOB.json
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import importlib.metadata
@@ -41,6 +42,8 @@ ON_A_GPU = {
     "kv_cache_memory_bytes": 2 << 30,
     "attention_backend": "FLASH_ATTN",
 }
+MOST_ROWS, CROSSOVER_PAIRS = 64, 15
+"""Largest crossover, and timed pairs behind each median where it is measured."""
 ULPS = 2.0
 """Steps of bfloat16 by which a dense head may miss the float32 winner."""
 
@@ -107,6 +110,15 @@ class Probe:
             head = model.model.embed_tokens
         weight: Tensor = head.weight
         return weight.detach()[: head.org_vocab_size]
+
+    @property
+    def flash_head(self) -> Any:
+        """The `flashhead.nn.head.FlashHead` that serves."""
+        from flashhead.integrations.vllm.method import FlashHeadMethod
+
+        modules = self.runner.get_model().modules()
+        methods = [getattr(module, "quant_method", None) for module in modules]
+        return next(m.head for m in methods if isinstance(m, FlashHeadMethod) and m.head)
 
     def profile(self, work: Callable[[], object]) -> dict[str, Any]:
         """`gpu_trace.step_times` of a decode."""
@@ -203,6 +215,23 @@ class Measurement:
         assert all(len(text) == tokens for text in texts)
         return seconds, texts
 
+    def measure_crossover(self) -> dict[str, Any]:
+        """Measure up to how many rows the search pays, use and keep it, as `flashhead tune` does.
+
+        At load the plugin measures the same, but here other engines were starting then.
+        """
+        from flashhead.nn.crossover import crossover_of, key_of, time_rows
+        from flashhead.nn.tuning import Entry, cache_is_on, store_entry
+
+        head = self.probe.flash_head
+        timings = time_rows(head, CROSSOVER_PAIRS)
+        found = crossover_of(timings)
+        head.crossover_rows, head.token_crossover_rows = found.logits, found.token
+        if cache_is_on():
+            store_entry(Entry(key_of(head), found, CROSSOVER_PAIRS))
+        timed = [dataclasses.asdict(timing) for timing in timings]
+        return {**dataclasses.asdict(found), "pairs": CROSSOVER_PAIRS, "timings": timed}
+
     def counts(self) -> dict[str, int]:
         """Rows searched and dense so far; none: FlashHead is off."""
         if self.job["engine"] != "flashhead":
@@ -253,7 +282,8 @@ class Measurement:
         chosen = torch.tensor(texts, device=every.device).T.reshape(-1)
         answers = exact_answers(self.probe.head_weight, every, chosen)
         limit = ULPS * bf16_step(answers["tops"])
-        if self.job["engine"] == "flashhead":
+        searches = self.job["engine"] == "flashhead"
+        if searches and batch <= self.probe.flash_head.token_crossover_rows:
             limit = 1e-4 * (1 + answers["tops"].abs())  # float32, summed in another order
         wrong = int((answers["gaps"] > limit).sum())
         shaped = {name: v.view(tokens, batch).T.tolist() for name, v in answers.items()}
@@ -283,8 +313,7 @@ def engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
         from flashhead.integrations.vllm.plugin import METHOD, WORKER
 
         options = dict(job["options"])
-        if job["crossover"] is not None:
-            options["crossover"] = job["crossover"]
+        options["crossover"] = job["crossover"] or MOST_ROWS  # measured: when the card is quiet
         given |= {"quantization": METHOD, "worker_extension_cls": WORKER}
         given["hf_overrides"] = {"flashhead_options": options}
     return given | job.get("arguments", {})
@@ -330,6 +359,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
+        if job["engine"] == "flashhead" and job["crossover"] is None:
+            found["crossover"] = measurement.measure_crossover()
         for batch in job["batches"]:
             found["batches"][str(batch)] = measurement.batch(batch)
             print(f"batch {batch}: {time.perf_counter() - begin:.1f} s", flush=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vllm_gpu_shapes import GROUP, SHAPES, SMOKE
+from vllm_gpu_shapes import GROUP, SHAPES, SMOKE, TINY
 
 from flashhead.bench.synthetic import LOGIT_SPREAD, make_problem
 from flashhead.index.build_codes import build_codes
@@ -327,7 +327,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """
     folder, device = Path(job["folder"]), "cuda" if torch.cuda.is_available() else "cpu"
     if "model" not in job:
-        config = SMOKE if job["shape"] == "smoke" else SHAPES[job["shape"]]
+        config = (SHAPES | {"smoke": SMOKE, "tiny": TINY})[job["shape"]]
         return {"model": str(folder), "options": {}, **make_model(folder, config, device)}
     config = json.loads((Path(job["model"]) / "config.json").read_text())
     if "flashhead" in config:

@@ -119,4 +119,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _QWEN,
     "gemma-3-270m": _GEMMA,
 }
+TINY = _LLAMA | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "vocab_size": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""For machines without a GPU."""
 SMOKE = _QWEN | {"num_hidden_layers": 4, "vocab_size": 65536, "bos_token_id": 1, "eos_token_id": 2}

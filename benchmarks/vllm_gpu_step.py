@@ -13,6 +13,8 @@ card at a time. Greedy decoding, batch 1, 8 and 32.
 - step, head, sampler us: time in which the GPU works, from torch's profiler (`gpu_trace.py`)
 - share: of what the head alone became faster by, how much the step did
 - ms/tok: wall time a token; on a slow host the host, not the GPU, sets it
+- path: of FlashHead's rows; beyond the crossover, which the engine measures before its first
+  batch (as `flashhead tune` does), they are dense and nothing is saved
 - parted: texts of FlashHead that part from the dense head's; each must be a tie in bfloat16
 
 The document is saved after every engine. vLLM is needed, flashhead need not be installed:
@@ -164,7 +166,7 @@ class Bench:
             "tokens": args.tokens,
             "profiled_tokens": min(64, args.tokens),
             "gate": str(self.gate),
-            "engines": len(self.cards) * len(ENGINES),
+            "engines": len(self.cards) * len(args.kinds),
             "lock": str(self.work / f"card-{card}.lock"),
             "arguments": args.engine_arguments,
         }
@@ -196,8 +198,8 @@ class Bench:
                 if child.process.poll() is not None:
                     del makers[name]
                     self.document["shapes"][name]["model"] = made = child.result()
-                    kinds = _kinds(made)
-                    for kind in ENGINES:
+                    kinds = [kind for kind in _kinds(made) if kind in self.args.kinds]
+                    for kind in self.args.kinds:
                         if kind not in kinds:
                             self.open_gate(f"{name}.{kind}")
                     if kinds:
@@ -269,6 +271,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
     parser.add_argument("--model", metavar="FOLDER", help="a real model instead of the shapes")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(ENGINES))
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32])
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256)
@@ -276,8 +279,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--crossover",
         type=lambda text: None if text == "auto" else int(text),
-        default=64,
-        help="rows up to which FlashHead searches (default: 64); auto: measured while others start",
+        metavar="ROWS",
+        help="rows up to which FlashHead searches (default: auto, measured once all have started)",
     )
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON, for vLLM")
     parser.add_argument("--work", help="folder for models and logs, kept (default: temporary)")
@@ -288,6 +291,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.shapes) - set(SHAPES))
     if unknown:
         parser.error(f"--shapes {unknown[0]}: wanted some of {', '.join(SHAPES)}")
+    if not {"dense", "flashhead"} <= set(args.kinds) <= set(ENGINES):
+        parser.error(f"--kinds {','.join(args.kinds)}: wanted dense,flashhead, maybe default")
     if max(args.batches) > 32 or min(args.batches) < 1:
         parser.error("--batches: wanted 1 to 32")
     if args.tokens < 16:

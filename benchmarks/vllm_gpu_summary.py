@@ -49,10 +49,8 @@ def _engine_errors(kind: str, engine: dict[str, Any], crossover: int | None) -> 
             errors.append(f"batch {batch}: tokens not compared: {found['exact_note']}")
         if kind != SEARCHED or rows is None:
             continue
-        if rows["searched_rows"] == 0:
-            errors.append(f"batch {batch}: nothing was searched")
-        given = crossover is not None and crossover >= int(batch)
-        if given and (rows["dense_rows"] or rows["searched_rows"] < rows["expected"]):
+        limit = engine["crossover"]["token"] if crossover is None else crossover
+        if limit >= int(batch) and (rows["dense_rows"] or rows["searched_rows"] < rows["expected"]):
             errors.append(f"batch {batch}: not every row was searched: {rows}")
     return errors
 
@@ -61,6 +59,7 @@ def _compared(plain: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, A
     """A row of the summary, and errors."""
     parted, errors = divergences(plain, found)
     row: dict[str, Any] = {
+        "path": path_of(found.get("rows")),
         "dense_ms_per_token": plain["ms_per_token"],
         "flashhead_ms_per_token": found["ms_per_token"],
         "ms_ratio": plain["ms_per_token"]["median"] / found["ms_per_token"]["median"],
@@ -77,9 +76,20 @@ def _compared(plain: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, A
     cheaper = row["dense_head_us"] - row["flashhead_head_us"]
     row |= {"saved_us": saved, "head_saved_us": cheaper, "step_ratio": None}
     row["step_ratio"] = row["dense_step_us"] / row["flashhead_step_us"]
-    row["saved_share"] = saved / cheaper if cheaper > 0 else None
-    row["meets_target"] = cheaper > 0 and saved / cheaper >= TARGET
+    row["saved_share"] = row["meets_target"] = None
+    if row["path"] != "dense":  # where all is dense nothing can be saved
+        row["saved_share"] = saved / cheaper if cheaper > 0 else None
+        row["meets_target"] = cheaper > 0 and saved / cheaper >= TARGET
     return row, errors
+
+
+def path_of(rows: dict[str, int] | None) -> str:
+    """How a batch's rows were served."""
+    if rows is None:
+        return "unknown"
+    if not rows["dense_rows"]:
+        return "searched"
+    return "mixed" if rows["searched_rows"] else "dense"
 
 
 def _default(default: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         f"{'shape':20s} {'b':>3s} {'step us: dense':>14s} {'flash':>8s} {'saved':>7s} "
         f"{'head: dense':>11s} {'flash':>7s} {'share':>6s} {'ms/tok: default':>15s} {'dense':>7s} "
-        f"{'flash':>7s} {'ratio':>6s} {'parted':>7s}"
+        f"{'flash':>7s} {'ratio':>6s} {'parted':>7s} {'path':>8s}"
     ]
     for name, shape in document["shapes"].items():
         for row in shape.get("summary", []):
@@ -159,7 +169,8 @@ def table(document: dict[str, Any]) -> str:
                 f"{_cell(row.get('saved_share'), 6, 2)} {_cell(default, 15, 3)} "
                 f"{_cell(row['dense_ms_per_token']['median'], 7, 3)} "
                 f"{_cell(row['flashhead_ms_per_token']['median'], 7, 3)} "
-                f"{_cell(row['ms_ratio'], 5, 2)}x {parted['parted']:3d}/{parted['prompts']}"
+                f"{_cell(row['ms_ratio'], 5, 2)}x {parted['parted']:3d}/{parted['prompts']:<3d} "
+                f"{row.get('path', 'searched'):>8s}"
             )
         lines += [f"{name}: ERROR: {text}" for text in shape.get("errors", [])]
     return "\n".join(lines)

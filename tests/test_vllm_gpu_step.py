@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # ruff: noqa: E402
+import vllm_gpu_engine
 from gpu_trace import step_times, union
+from vllm_gpu_engine import Measurement
 from vllm_gpu_models import MadeUpModel, make_model, summary, survivors, unpacked
 from vllm_gpu_shapes import SHAPES
 from vllm_gpu_step import ENTRY_POINTS, parse, write_plugin
 from vllm_gpu_summary import add_summary, divergences, table
 
 from flashhead.index.build_codes import build_codes
+from flashhead.nn.head import FlashHead
+from flashhead.nn.tuning import Crossover, read_entries
 from flashhead.options import CodesOptions
 
 TINY = {
@@ -280,18 +285,52 @@ def test_summary():
     flash["rows"]["dense_rows"] = 1
     add_summary(shape)
     assert len(shape["errors"]) == 2
+    shape["crossover"], shape["engines"]["flashhead"]["crossover"] = None, {"token": 0}
+    flash["rows"] = {"searched_rows": 0, "dense_rows": 6, "expected": 6}
+    add_summary(shape)
+    (row,) = shape["summary"]
+    assert (row["path"], row["meets_target"], len(shape["errors"])) == ("dense", None, 1)
+    shape["engines"]["flashhead"]["crossover"] = {"token": 1}
+    add_summary(shape)
+    assert len(shape["errors"]) == 2
     dense.pop("answers")
     told, errors = divergences(dense, flash)
     assert (told["parted"], errors) == (1, [])
     assert "counted only" in told["note"]
 
 
+def test_crossover_is_measured_where_it_serves(monkeypatch, tmp_path):
+    """A crossover that is told and not used, or measured again by the next engine."""
+    monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
+    monkeypatch.setenv("FLASHHEAD_TUNE_CACHE", "1")
+    weight, _ = clustered_head(900, 64)
+    linear = torch.nn.Linear(64, 900, bias=False)
+    linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    head = FlashHead(
+        linear, build_codes(linear.weight.detach(), CodesOptions()), crossover=Crossover(64, 64)
+    )
+    monkeypatch.setattr(vllm_gpu_engine, "CROSSOVER_PAIRS", 2)
+    measurement = Measurement.__new__(Measurement)
+    measurement.probe = SimpleNamespace(flash_head=head)
+    found = measurement.measure_crossover()
+    assert (head.crossover_rows, head.token_crossover_rows) == (found["logits"], found["token"])
+    (entry,) = read_entries()
+    assert (entry.crossover.token, entry.pairs) == (found["token"], 2)
+    assert {timing["use"] for timing in found["timings"]} == {"logits", "token"}
+
+
 def test_command_line(tmp_path):
     assert parse([]).shapes == list(SHAPES)
-    assert parse(["--crossover", "auto"]).crossover is None
+    assert parse([]).crossover is None
+    assert parse(["--crossover", "64"]).crossover == 64
     assert parse(["--batches", "1,8"]).batches == [1, 8]
     assert parse(["--smoke"]).shapes == ["smoke"]
     (tmp_path / "file").touch()
-    for wrong in (["--shapes", "one"], ["--batches", "64"], ["--work", str(tmp_path)]):
+    for wrong in (
+        ["--shapes", "one"],
+        ["--batches", "64"],
+        ["--kinds", "dense"],
+        ["--work", str(tmp_path)],
+    ):
         with pytest.raises(SystemExit):
             parse(wrong)

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare import PROMPTS, TOKENS, UNSET, inherited
 
 from flashhead.integrations.vllm.serving import Server
 
+HERE = Path(__file__).parent
+
 SEARCHED_ROWS = 16
 """A crossover that is given: measured on a busy machine it could be 0, and nothing searched."""
-UNSET = ("TRITON_INTERPRET", "OMP_WAIT_POLICY")
-"""Set by tests/conftest.py for kernels in this process."""
 LOG_LINES = 80
 
 
@@ -62,3 +63,36 @@ def start_server(converted_folder, tmp_path_factory):
         )
 
     return make
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """Greedy texts of one engine in a process of its own."""
+
+    def run(engine, *, dense=False, params=None, lora=None, prompts=PROMPTS, **environment):
+        greedy = {"temperature": 0, "max_tokens": TOKENS}
+        if dense:
+            engine = {**engine, "logprobs_mode": "raw_logits"}
+            greedy["logprobs"] = 5
+        job = {
+            "engine": {"quantization": "flashhead", **engine},
+            "prompts": prompts,
+            "params": params or [greedy] * len(prompts),
+            "lora": lora or [None] * len(prompts),
+        }
+        out = tmp_path / "answer.json"
+        out.unlink(missing_ok=True)
+        kept = {"VLLM_CPU_KVCACHE_SPACE": "1", "FLASHHEAD_ENABLED": "0" if dense else "1"}
+        done = subprocess.run(
+            [sys.executable, str(HERE / "generate.py"), json.dumps(job), str(out)],
+            env=inherited() | kept | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = json.loads(out.read_text()) | {"log": done.stdout + done.stderr}
+        assert bool(answer["heads"]) != dense
+        return answer
+
+    return run

@@ -5,7 +5,6 @@ texts part, the dense engine's logits of the two tokens must be within one step 
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,91 +17,17 @@ pytest.importorskip("vllm")
 import bare_head
 import checkpoints
 import torch
+from compare import PROMPTS, TOKENS, inherited, options, require_equal, require_searched
 from safetensors.torch import save_file
 
 from flashhead.models import embedded_folder
 
 HERE = Path(__file__).parent
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "1, 2, 3, 4, 5, 6, 7, 8,",
-    "The quick brown fox jumps over the lazy dog. The quick brown fox",
-]
-TOKENS = 24
-UNSET = ("TRITON_INTERPRET", "OMP_WAIT_POLICY")
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     return embedded_folder("smollm2-135m")
-
-
-@pytest.fixture
-def generate(tmp_path):
-    """Greedy texts of one engine in a process of its own."""
-
-    def run(engine, *, dense=False, params=None, lora=None, prompts=PROMPTS, **environment):
-        greedy = {"temperature": 0, "max_tokens": TOKENS}
-        if dense:
-            engine = {**engine, "logprobs_mode": "raw_logits"}
-            greedy["logprobs"] = 5
-        job = {
-            "engine": {"quantization": "flashhead", **engine},
-            "prompts": prompts,
-            "params": params or [greedy] * len(prompts),
-            "lora": lora or [None] * len(prompts),
-        }
-        out = tmp_path / "answer.json"
-        out.unlink(missing_ok=True)
-        kept = {"VLLM_CPU_KVCACHE_SPACE": "1", "FLASHHEAD_ENABLED": "0" if dense else "1"}
-        done = subprocess.run(
-            [sys.executable, str(HERE / "generate.py"), json.dumps(job), str(out)],
-            env=inherited() | kept | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        answer = json.loads(out.read_text())
-        assert bool(answer["heads"]) != dense
-        return answer
-
-    return run
-
-
-def inherited():
-    """The environment without what tests/conftest.py sets for kernels in this process."""
-    return {name: value for name, value in os.environ.items() if name not in UNSET}
-
-
-def options(**values):
-    """What `--hf-overrides` takes; every batch of these tests is searched."""
-    return {"hf_overrides": {"flashhead_options": {"crossover": 16, **values}}}
-
-
-def require_equal(flash, dense):
-    """The same tokens, or the dense head's logits tie where they part."""
-    for ours, theirs in zip(flash["answers"], dense["answers"], strict=True):
-        pairs = list(zip(ours["tokens"], theirs["tokens"], strict=False))
-        apart = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
-        if apart is None:
-            assert len(ours["tokens"]) == len(theirs["tokens"])
-            continue
-        logits = theirs["logprobs"][apart]
-        a, b = (str(token) for token in pairs[apart])
-        assert a in logits, f"{a} is not among the best of the dense head at {apart}"
-        step = 2.0 ** (math.floor(math.log2(abs(logits[b]))) - 7)
-        assert logits[b] - logits[a] <= step, (apart, logits)
-
-
-def require_searched(answer):
-    """The fast path ran and proved what it said."""
-    (head,) = (head for head in answer["heads"] if not head["draft"])
-    assert head["searched_rows"] >= TOKENS
-    assert head["dense_rows"] == 0
-    assert head["certified_fraction"] == 1
-    assert head["bytes_fraction"] < 0.25
 
 
 @pytest.mark.parametrize("kind", ["w8a8", "w4a16", "w8a8-fp8", "awq", "gptq"])

@@ -23,7 +23,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from flashhead.errors import FlashHeadError
-from flashhead.integrations.vllm import method, requests
+from flashhead.integrations.vllm import layers, method, requests
 from flashhead.integrations.vllm.adapters import FlashLogitsProcessor, adapted_rows
 from flashhead.integrations.vllm.config import FlashHeadConfig
 from flashhead.integrations.vllm.layers import FlashParallelLMHead, register_layers
@@ -346,3 +346,24 @@ def test_layers_of_the_registry(monkeypatch):
     ):
         assert op_registry_oot[theirs.__name__] is ours
         assert type(theirs.__new__(theirs)) is ours
+
+
+def test_draft_is_what_is_built_behind_its_target(monkeypatch):
+    """A draft's head under the target's index, or a target's head taken for a draft's."""
+    config = FlashHeadConfig()
+    models = {"draft_model_config": types.SimpleNamespace(model="draft")}
+    models["target_model_config"] = types.SimpleNamespace(model="target")
+    engine = types.SimpleNamespace(quant_config=config, load_config=None)
+    engine.speculative_config = types.SimpleNamespace(**models)
+    assert layers._config_for(engine) is config  # the target itself
+    config.heads.append(types.SimpleNamespace(is_ready=True))
+    given = []
+    monkeypatch.setattr(
+        layers.VllmConfig, "get_quantization_config", lambda *args: given.append(args) or "its own"
+    )
+    assert layers._config_for(engine) == "its own"
+    assert given == [(models["draft_model_config"], None)]
+    models["draft_model_config"].model = "target"  # MTP
+    assert layers._config_for(engine) is None
+    engine.speculative_config = None
+    assert layers._config_for(engine) is config

@@ -179,13 +179,18 @@ class FlashHeadConfig(QuantizationConfig):
         self.heads.append(method)
         return method
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model of this config has its head already."""
+        return self.keeps_head or any(head.is_ready for head in self.heads)
+
     def require_searched(self) -> None:
         """Refuse to serve a model whose head was not found, instead of serving it dense.
 
         Raises:
             RuntimeError: no output embedding came by, nor one that the checkpoint quantizes.
         """
-        if is_enabled() and not self.keeps_head and not any(head.is_ready for head in self.heads):
+        if is_enabled() and not self.is_loaded:
             raise RuntimeError(
                 f"flashhead: no output embedding of {self.model} is a ParallelLMHead or a tied "
                 "VocabParallelEmbedding of vLLM's: serve it without --quantization flashhead"

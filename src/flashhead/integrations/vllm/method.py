@@ -50,8 +50,10 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.allows_adapters = engine.lora_config is not None
         self.adapted: set[int] | None = None
         """Rows of the batch with an adapter of the head itself; None: nobody has told."""
+        self.asked_by_draft = False
+        """Whether a draft that shares the head asks."""
         self.head: FlashHead | None = None
-        self.dense_rows = self.index_bytes = 0
+        self.dense_rows = self.draft_rows = self.index_bytes = 0
         self.is_gathered = self.is_ready = False
         self._reported = time.monotonic()
         self._warned = False
@@ -120,6 +122,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         if head is None:
             return self._dense(layer, x, bias)
         states = x.reshape(-1, x.shape[-1])
+        self.draft_rows += len(states) if self.asked_by_draft and not self.is_draft else 0
         winner, logits = self._split(len(states), head)
         if not (winner or logits) or not _is_searchable(states, head):
             self.dense_rows += len(states)
@@ -157,7 +160,7 @@ class FlashHeadMethod(QuantizeMethodBase):
         return winner, logits
 
     def _needs(self, count: int) -> list[Need]:
-        if self.is_draft:  # whatever it proposes is verified
+        if self.is_draft or self.asked_by_draft:  # whatever it proposes is verified
             return [Need.WINNER] * count
         tracker = tracker_of(self.instance)
         if tracker is not None:
@@ -212,6 +215,7 @@ class FlashHeadMethod(QuantizeMethodBase):
             "draft": self.is_draft,
             "searched_rows": stats.rows,
             "dense_rows": self.dense_rows,
+            "draft_rows": self.draft_rows,
             "certified_fraction": stats.certified / searched,
             "bytes_fraction": stats.bytes_read / searched / self.head.dense_bytes,
             "index_bytes": self.index_bytes,

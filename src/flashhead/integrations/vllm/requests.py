@@ -27,7 +27,7 @@ from vllm.v1.sample.logits_processor import process_dict_updates
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
-except ImportError:  # vLLM before 0.26: with any processor installed it takes model runner V1
+except ImportError:  # vLLM up to 0.26: with any processor installed it takes model runner V1
     ProcessorV2 = object
 
 GROUP = "vllm.logits_processors"
