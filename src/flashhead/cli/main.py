@@ -27,6 +27,7 @@ from flashhead.cli import (
     eval_frontier,
     eval_head,
     eval_logprobs,
+    eval_model,
     eval_sampling,
     eval_vllm,
     generate,
@@ -37,6 +38,8 @@ from flashhead.cli import (
 from flashhead.cli.arguments import Parser
 from flashhead.errors import FlashHeadError
 
+EVALUATIONS = ("head", "logprobs", "sampling", "frontier", "vllm", eval_model.NAME)
+"""Subcommands of eval; any other word there is a model."""
 EXTRAS = {
     "transformers": "transformers",
     "accelerate": "gguf",
@@ -61,6 +64,7 @@ def build_parser() -> Parser:
     eval_sampling.add_parser(evaluations)
     eval_frontier.add_parser(evaluations)
     eval_vllm.add_parser(evaluations)
+    eval_model.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)
@@ -75,7 +79,9 @@ def _group(subparsers: Any, name: str, summary: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(eval_model.with_name(given, EVALUATIONS))
     _quieten(args.debug)
     try:
         # a library that prints must not get into the way of the document

@@ -22,6 +22,7 @@ from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.index.store import load_index
 from flashhead.integrations.calibration import sample_hidden_states
+from flashhead.integrations.latent_model import load_latent, read_section
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
 from flashhead.nn.tuning import Crossover
@@ -149,8 +150,14 @@ def load_dense(
         source = str(path.parent)
     else:
         where["use_safetensors"] = True
+    latent = read_section(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+        if latent is not None:
+            model = load_latent(source, latent, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    except FlashHeadError:
+        raise
     except ImportError as error:
         extra = "gguf" if path.suffix == ".gguf" else "quantize"
         raise FlashHeadError(
