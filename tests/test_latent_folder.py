@@ -131,7 +131,14 @@ def test_a_latent_model_gets_a_new_index(folder, tmp_path):
 
 def test_with_quantized_layers(tiny_folder, text, tmp_path):
     pytest.importorskip("compressed_tensors")
-    out = tmp_path / "both"
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide, out = tmp_path / "wide", tmp_path / "both"  # groups of 32 divide its layers
+    shutil.copytree(tiny_folder, wide)
+    config = LlamaConfig.from_pretrained(tiny_folder)
+    config.hidden_size, config.head_dim = 64, 16
+    LlamaForCausalLM(config).save_pretrained(wide)
+    tiny_folder = str(wide)
     options = LatentOptions(kv_ratio=4.0, calibration=(text,))
     report = convert(tiny_folder, out, attention=options, quantize="w8a16", **SETTINGS)
     assert report["latent"]["kv_ratio"] >= 4

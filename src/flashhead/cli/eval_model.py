@@ -30,9 +30,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--against", required=True, metavar="BASE", help="the original model")
-    parser.add_argument(
-        "--tasks", choices=TASKS, default="perplexity", help="default: perplexity"
-    )
+    parser.add_argument("--tasks", choices=TASKS, default="perplexity", help="default: perplexity")
     parser.add_argument(
         "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
     )

@@ -31,6 +31,7 @@ from flashhead.cli import (
     eval_sampling,
     eval_vllm,
     generate,
+    heal,
     inspect,
     serve,
     tune,
@@ -56,7 +57,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, chat, serve, convert, inspect, tune):
+    for module in (demo, generate, chat, serve, convert, heal, inspect, tune):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
