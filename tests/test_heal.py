@@ -1,5 +1,6 @@
 """Healing: it learns, it stops and goes on as if it had not, it touches only what it may."""
 
+import itertools
 import json
 
 import pytest
@@ -102,8 +103,8 @@ def test_an_interrupted_run_goes_on_as_one(after, out, teacher, text, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             heal(out, str(teacher), options, files=(text,), progress=False)
     assert (out / ".heal" / "state.json").is_file()
-    with pytest.raises(FlashHeadError, match="rate_b=0.0001 was interrupted"):
-        changed = HealOptions(**SMALL, rate_b=1e-3)
+    changed = HealOptions(**SMALL, rate_b=1e-3)
+    with pytest.raises(FlashHeadError, match=r"rate_b=0\.0001 was interrupted"):
         heal(out, str(teacher), changed, files=(text,), progress=False)
     report = heal(out, str(teacher), options, files=(text,), progress=False)
     assert report["finished"]
@@ -170,4 +171,4 @@ def test_the_rate_warms_up_and_falls():
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == 1
     assert rates[-1] < 0.11
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))

@@ -145,9 +145,9 @@ def test_with_quantized_layers(tiny_folder, text, tmp_path):
     model = flashhead.load(str(out), progress=False)
     assert len(latent_modules(model)) == 2
     assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+    plain = tmp_path / "plain"
+    convert(tiny_folder, plain, quantize="w8a16", **SETTINGS)
     with pytest.raises(FlashHeadError, match="quantized already"):
-        plain = tmp_path / "plain"
-        convert(tiny_folder, plain, quantize="w8a16", **SETTINGS)
         convert(str(plain), tmp_path / "no", attention=options, **SETTINGS)
 
 
@@ -172,9 +172,10 @@ def test_eval_against(folder, tiny_folder, text, capsys):
         (["convert", "{tiny}", "{out}", "--kv-ratio", "2"], "--kv-ratio: wanted --attention"),
         (["convert", "{tiny}", "{out}", "--attention", "latent", "--kv-ratio", "0.5"], "from 1"),
         (["convert", "{tiny}", "{out}", "--attention", "latent", "--index-only"], "index-only"),
-        (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--limit", "9999"], "tokens"),
+        (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--limit", "9999"], "has"),
         (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--kv-dtype", "int4",
-          "--limit", "20"], "no latent attention"),
+          "--limit", "20"],
+         "no latent attention"),
         (["eval", "{tiny}", "--data", "{text}"], "--against"),
     ],
 )  # fmt: skip

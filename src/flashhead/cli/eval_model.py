@@ -1,4 +1,4 @@
-"""`flashhead eval MODEL --against BASE`: what a converted model lost, through the real cache path."""
+"""`flashhead eval MODEL --against BASE`: what a conversion lost, through the real cache path."""
 
 import argparse
 from pathlib import Path

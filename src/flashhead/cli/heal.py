@@ -49,8 +49,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="M",
         help="stop with a checkpoint after so long, sampling included",
     )
-    parser.add_argument("--batch-tokens", type=integer(16), metavar="N", help="of one step "
-                        f"(default: {BATCH_TOKENS['cpu']}, on a GPU {BATCH_TOKENS['cuda']})")  # fmt: skip
+    parser.add_argument(
+        "--batch-tokens",
+        type=integer(16),
+        metavar="N",
+        help=f"of one step (default: {BATCH_TOKENS['cpu']}, on a GPU {BATCH_TOKENS['cuda']})",
+    )
     parser.add_argument(
         "--row-tokens", type=integer(16), default=512, metavar="N", help="default: 512"
     )

@@ -50,8 +50,8 @@ def convert(
 
     Returns:
         What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes` (as loaded),
-        `folder_bytes`, `latent`, `quantize`, `seconds`, `parameters`; and for codes `expectation`: what was
-        chosen and why (`index.choose`).
+        `folder_bytes`, `latent`, `quantize`, `seconds`, `parameters`; and for codes `expectation`:
+        what was chosen and why (`index.choose`).
 
     Raises:
         FlashHeadError: `out` exists or its parent does not, too little disk space, or the model

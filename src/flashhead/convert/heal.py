@@ -2,8 +2,8 @@
 
 Stage a (a quarter of the tokens when both run) regresses every layer's attention on the teacher's;
 stage b distils the logits. Embeddings and head stay, so a folder's index stays valid. Masters and
-moments are float32; on a GPU products are bfloat16 by autocast. A run that is interrupted, by Ctrl-C
-or by its time limit, leaves `OUT/.heal`, and the same command goes on from there.
+moments are float32; on a GPU products are bfloat16 by autocast. A run that is interrupted, by
+Ctrl-C or by its time limit, leaves `OUT/.heal`, and the same command goes on from there.
 """
 
 import contextlib

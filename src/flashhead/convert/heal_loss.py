@@ -24,7 +24,7 @@ CHUNK_TOKENS = 2048
 def regression(
     teacher: "PreTrainedModel", latents: dict[str, LatentAttention], rows: Tensor, backward: bool
 ) -> float:
-    """Stage a on one batch; gradients are added layer by layer, so one layer's graph lives at a time.
+    """Stage a on one batch, layer by layer: one layer's graph lives at a time.
 
     Args:
         teacher: whose modules of the same names are the truth.

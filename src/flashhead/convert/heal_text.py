@@ -1,7 +1,7 @@
 """Text to heal on: rows of equal length from files or from the teacher, kept for the next run.
 
-Sampled text needs no data set and is what the teacher will be asked to continue. On a GPU thousands of
-short texts are sampled side by side, as a decoding step costs the same for all of them.
+Sampled text needs no data set and is what the teacher will be asked to continue. On a GPU thousands
+of short texts are sampled side by side, as a decoding step costs the same for all of them.
 """
 
 import time

@@ -4,6 +4,7 @@ Nothing is trained. At kv_ratio 1 the model computes what it computed, up to rou
 """
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ def make_latent(
     options: LatentOptions,
     windows: list[Tensor],
     *,
+    statistics: list[Statistics] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Replace all attention modules of a model, in place.
@@ -35,6 +37,7 @@ def make_latent(
         model: a causal LM in any floating dtype; the new projections come in the same.
         options: what is kept.
         windows: int64[tokens] each, calibration text.
+        statistics: of this model and text, if they are there already (`statistics_of`).
         progress: progress bar on stderr.
 
     Returns:
@@ -54,13 +57,8 @@ def make_latent(
     for roles in found:
         identity = maps(_no_statistics(roles.exact), whole(roles.exact), roles.exact)
         require_equal(exact, roles, build(roles, identity))
-    statistics = collect(
-        exact,
-        [(roles.keys, roles.module.v_proj) for roles in found],
-        windows,
-        seed=options.seed,
-        progress=progress,
-    )
+    if statistics is None:
+        statistics = statistics_of(exact, found, windows, options.seed, progress)
     shapes = [_shape(roles.exact, options.rotary) for roles in found]
     candidates = [pieces(layer, shape) for layer, shape in zip(statistics, shapes, strict=True)]
     widths = [int(shape.kv_width / options.kv_ratio) for shape in shapes]
@@ -72,6 +70,18 @@ def make_latent(
         attention = build(roles, maps(layer, options_of[:count], shape))
         install(model, roles.name, attention.to(model.device, model.dtype))
     return _report(found, candidates, counts, options, windows)
+
+
+def statistics_of(
+    model: "PreTrainedModel",
+    found: "list[Roles]",
+    windows: list[Tensor],
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Statistics]:
+    """Statistics of a float32 model's attention modules: `convert.latent_statistics.collect`."""
+    streams = [(roles.keys, roles.module.v_proj) for roles in found]
+    return collect(model, streams, windows, seed=seed, progress=progress)
 
 
 def build(roles: "Roles", kept: Maps) -> LatentAttention:
@@ -121,8 +131,6 @@ def _bias(linear: nn.Linear) -> Tensor:
 
 
 def _shape(exact: LatentShape, rotary: str) -> LatentShape:
-    import dataclasses
-
     components: tuple[int, ...] = ()
     if rotary == "decoupled":
         components = (exact.kv_heads,) * (exact.rotary_dim // 2)

@@ -5,9 +5,9 @@ tr(F (1 - P) S (1 - P)') / 2, smallest for the leading eigenvectors q of F^1/2 S
 encoder rows q' F^1/2, up-projection columns F^-1/2 q, and the eigenvalue is what each is worth, in
 nats, so directions of all layers compete for one budget.
 
-Decoupled: the turning coordinates of pair f are one complex number a KV head, and only complex mixes
-across heads commute with the rotation: the same eigenproblem over heads, for each f by itself, each
-component costing two numbers. What does not turn shares the latent with the values.
+Decoupled: the turning coordinates of pair f are one complex number a KV head, and only complex
+mixes across heads commute with the rotation: the same eigenproblem over heads, for each f by
+itself, each component costing two numbers. What does not turn shares the latent with the values.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def pieces(statistics: Statistics, shape: LatentShape) -> list[Piece]:
     """Everything that can be kept, most worth a number first."""
     if shape.rotary == "rebuilt":
         rest = list(range(shape.kv_width))
-        found = []
+        found: list[Piece] = []
     else:
         found, turning = [], set()
         for f in range(shape.rotary_dim // 2):
@@ -197,7 +197,7 @@ def maps(statistics: Statistics, kept: list[Piece], shape: LatentShape) -> Maps:
 
 
 def _rotary_rows(turning: list[Piece], shape: LatentShape, n: int) -> tuple[Tensor, Tensor]:
-    """Rows that read real parts, then imaginary parts; and the mixes `[kv_heads, components, 2]`."""
+    """Rows that read real, then imaginary parts; mixes `[kv_heads, components, 2]`."""
     half = shape.rotary_dim // 2
     real, imaginary = torch.zeros(2, len(turning), n, dtype=torch.float64).unbind(0)
     mixes = torch.zeros(shape.kv_heads, len(turning), 2, dtype=torch.float64)

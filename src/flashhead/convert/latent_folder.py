@@ -1,4 +1,4 @@
-"""Latent attention as a step of a conversion: text, statistics, new modules, the folder's section."""
+"""Latent attention as a step of a conversion: text, statistics, modules, the folder's section."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

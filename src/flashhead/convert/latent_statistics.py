@@ -1,11 +1,11 @@
 """What a latent must keep: second moments of keys and values, and of the loss's gradients at them.
 
-An error e in a token's keys and values x = [k; v] (keys before they turn, after any norm) costs about
-e' F e / 2 nats of KL divergence, F = E[g g'] the Fisher information: g is the gradient of
--log p(y) summed over all later positions, each y drawn from the model's own distribution there. Labels
-drawn independently make one backward pass an unbiased estimate of the sum over positions, and the pass
-itself averages over real distances, heads and attention weights: queries' second moment, the softmax,
-W_O and everything behind it are all inside.
+An error e in a token's keys and values x = [k; v] (keys before they turn, after any norm) costs
+about e' F e / 2 nats of KL divergence, F = E[g g'] the Fisher information: g is the gradient of
+-log p(y) summed over all later positions, each y drawn from the model's own distribution there.
+Labels drawn independently make one backward pass an unbiased estimate of the sum over positions,
+and the pass itself averages over real distances, heads and attention weights: queries' second
+moment, the softmax, W_O and everything behind it are all inside.
 
 Tokens that are read more (sinks, names) matter more, so the second moment of x is weighted by how
 strongly each token's gradient stands out, at most `WEIGHT_LIMIT` times the average.

@@ -5,6 +5,7 @@ its cache rounded, and the model that is compared. All see the same windows; eve
 `decode_share` of tokens is decoded one at a time. Bytes are those the cache holds at the end.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def measure(
             tokens = batch.shape[1]
             single = min(tokens - 1, round(decode_share * tokens))
             cuts = [0, *range(tokens - single, tokens + 1)]
-            for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            for start, stop in itertools.pairwise(cuts):
                 out = model(batch[:, start:stop], past_key_values=cache, use_cache=True).logits
                 targets = batch[:, start + 1 : stop + 1]
                 kept = out[:, : targets.shape[1]].float().flatten(0, 1)

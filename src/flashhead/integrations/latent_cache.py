@@ -1,4 +1,4 @@
-"""Caches for transformers that hold what they say they hold: latents, or keys and values, in few bits.
+"""Caches for transformers that hold latents, or keys and values, in few bits.
 
 `LatentCache` is what `generate()` uses on a model with latent attention. `RoundedCache` keeps the
 ordinary keys and values of any model in fp8, int8 or int4: the baseline that costs no conversion.

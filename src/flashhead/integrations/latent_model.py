@@ -128,7 +128,7 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
 
 def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) -> Any:
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        cls.__init__(self, config, *args, **kwargs)
         found = {roles.name: roles for roles in find_attention(self)}
         if set(found) != set(shapes):
             raise FlashHeadError(

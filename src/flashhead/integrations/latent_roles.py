@@ -1,4 +1,4 @@
-"""Attention modules of a transformers model, found by what they own and checked by what they compute.
+"""Attention modules of a transformers model: found by what they own, checked by what they do.
 
 An attention module is one with q_proj, k_proj, v_proj and an output projection. Its rotary angles,
 norms, window and scale are read off; whether it computes what these say is then tried
@@ -20,7 +20,7 @@ from flashhead.nn.rotary import RotaryTable
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary types whose angles do not depend on the length of the text."""
 TOLERANCE = 1e-3
-"""Largest difference of the trial's outputs, in units of their largest: float32, so 1e-6 is usual."""
+"""Largest difference of the trial's outputs, in units of their largest; 1e-6 is usual."""
 
 
 @dataclasses.dataclass

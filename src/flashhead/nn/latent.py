@@ -1,9 +1,9 @@
 """Attention over one latent a token, read by all heads through their own projections.
 
 A token leaves behind c = E y (r numbers) instead of keys and values of all heads. Head h of group g
-reads key U_g c + k0 and value V_g c + v0. At decode the value projection is absorbed into the output:
-sum_s p_s v_s = V_g (sum_s p_s c_s) + v0, so values are never rebuilt. Keys turn with their position,
-which a fixed projection of the query cannot follow. Two ways out (`LatentShape.rotary`):
+reads key U_g c + k0 and value V_g c + v0. At decode the value projection is absorbed into the
+output: sum_s p_s v_s = V_g (sum_s p_s c_s) + v0, so values are never rebuilt. Keys turn with their
+position, which a fixed projection of the query cannot follow. Two ways out (`LatentShape.rotary`):
 
 - "rebuilt": turning keys are rebuilt from the latent where they are read, once for each KV head.
   All of r is shared by keys and values. Costs r * kv_heads * head_dim products a cached token.
@@ -12,8 +12,8 @@ which a fixed projection of the query cannot follow. Two ways out (`LatentShape.
   z_f = U_f^H k_f, and a query meets it as conj-mixed U_f^H q_f: nothing is rebuilt. Rotary energy
   that is not kept is lost.
 
-A constant key k0 (a bias, a mean) is turned by its index and costs no cache. With as many numbers as
-keys and values have, both are exact.
+A constant key k0 (a bias, a mean) is turned by its index and costs no cache. With as many numbers
+as keys and values have, both are exact.
 """
 
 import math
@@ -28,7 +28,7 @@ from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 
 ABSORBED_QUERIES = 8
-"""Up to how many queries a row the absorbed form is taken where keys and values come from a cache."""
+"""Up to how many queries a row the absorbed form is taken, where a cache is read."""
 
 
 class TokenCache(Protocol):
@@ -109,7 +109,7 @@ class LatentAttention(nn.Module):
         Args:
             hidden_states: floating `[batch, tokens, d]`.
             position_embeddings: not read.
-            attention_mask: bool (True: seen) or additive `[batch, 1, tokens, cached]`; None: causal.
+            attention_mask: bool (True: seen) or additive `[batch, 1, tokens, cached]`, or None.
             past_key_values: where latents go and come from; None: these tokens alone.
 
         Returns:
@@ -258,7 +258,7 @@ class LatentAttention(nn.Module):
     def _mask(
         self, mask: Tensor | None, tokens: int, held: int, device: torch.device, absorbed: bool
     ) -> Tensor | None:
-        """Bool or additive `[batch or 1, 1, tokens, held]`; None: all seen, or SDPA's causal mask."""
+        """Bool or additive `[batch or 1, 1, tokens, held]`; None: all, or SDPA's causal mask."""
         if mask is not None:
             if mask.dim() != 4 or mask.shape[-2:] != (tokens, held):
                 raise FlashHeadError(

@@ -1,7 +1,8 @@
 """Rotary angles by index, shared by all layers that turn alike.
 
-A score depends only on the distance of its two tokens, and unmasked tokens of a row are consecutive,
-so a token's place in the cache can stand for its position: left padding moves both by the same.
+A score depends only on the distance of its two tokens, and unmasked tokens of a row are
+consecutive, so a token's place in the cache can stand for its position: left padding moves both by
+the same.
 """
 
 import torch

@@ -57,8 +57,8 @@ def quantize(x: Tensor, options: StoreOptions) -> tuple[Tensor, Tensor]:
         options: with a kind other than bf16.
 
     Returns:
-        codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up to
-        whole groups; scales float16 `[..., groups]`.
+        codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up
+        to whole groups; scales float16 `[..., groups]`.
     """
     width, group = x.shape[-1], min(options.group, x.shape[-1] + x.shape[-1] % 2)
     x = functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
