@@ -2,8 +2,8 @@
 
     python benchmarks/latent_ratios.py MODEL --calibration FILE --data FILE --out FILE
 
-Without --calibration the model samples its own text. The first row checks the measurement: the cache
-path against one forward pass without a cache.
+Without --calibration the model samples its own text. The base is measured twice, by way of the
+cache and in one forward pass without, to check the measurement.
 """
 
 import argparse

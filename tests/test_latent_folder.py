@@ -139,9 +139,9 @@ def test_with_quantized_layers(tiny_folder, text, tmp_path):
     config.hidden_size, config.head_dim = 64, 16
     LlamaForCausalLM(config).save_pretrained(wide)
     tiny_folder = str(wide)
-    options = LatentOptions(kv_ratio=4.0, calibration=(text,))
+    options = LatentOptions(kv_ratio=8.0, calibration=(text,))
     report = convert(tiny_folder, out, attention=options, quantize="w8a16", **SETTINGS)
-    assert report["latent"]["kv_ratio"] >= 4
+    assert report["latent"]["kv_ratio"] >= 8
     model = flashhead.load(str(out), progress=False)
     assert len(latent_modules(model)) == 2
     assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()

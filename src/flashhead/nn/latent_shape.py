@@ -27,9 +27,8 @@ class LatentShape:
         window: tokens that a query sees, itself among them; None: all before it.
         query_bias: a bias in the query projection.
         output_bias: a bias in the output projection.
-        encoder: "hidden" (the latent is linear in the hidden state) or "keys" (linear in normed
-        keys
-            and values: models that norm their keys).
+        encoder: "hidden" (the latent is linear in the hidden state) or "keys" (linear in
+            normed keys and values: models that norm their keys).
         norm: RMSNorm on the latent.
         key_constant: a constant part of the keys, which no cache holds.
 
