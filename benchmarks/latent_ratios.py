@@ -51,6 +51,7 @@ def main():
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=8176)
+    parser.add_argument("--first", type=int, default=len(CASES), help="only so many settings")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     source = resolve(args.model)
@@ -74,7 +75,7 @@ def main():
         "rows": [],
     }
     print(json.dumps(document), flush=True)
-    for ratio, rotary, ranks in CASES:
+    for ratio, rotary, ranks in CASES[: args.first]:
         options = LatentOptions(kv_ratio=ratio, rotary=rotary, ranks=ranks)
         latent = copy.deepcopy(model)
         report = make_latent(latent, options, windows, statistics=statistics, progress=False)
