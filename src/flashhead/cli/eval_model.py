@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         decode_share=args.decode_share,
     )
     document["model"], document["against"] = _name(args.model), _name(args.against)
+    document["argv"] = [_name(argument) for argument in document["argv"]]
     print(format_table(document, document["model"]))
     if args.out:
         write_document(args.out, document)
