@@ -171,4 +171,4 @@ def test_the_rate_warms_up_and_falls():
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == 1
     assert rates[-1] < 0.11
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
