@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, index_options
+from flashhead.cli.convert_latent import add_latent, latent_options, print_latent
 from flashhead.errors import FlashHeadError
 from flashhead.options import QUANTIZE
 
@@ -27,11 +28,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--index-only", action="store_true", help="write the index without the model's weights"
     )
+    add_latent(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Convert and say what was written."""
     options = index_options(args)
+    attention = latent_options(args)
     if args.out.exists():
         raise FlashHeadError(f"{args.out} exists: nothing is written over, name a new folder")
     from flashhead.cli import session
@@ -41,12 +44,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     head = args.head or "codes"
     quantize = None if args.quantize == "none" else args.quantize
     report = convert(
-        source, args.out, head=head, index_only=args.index_only, quantize=quantize, **options
+        source,
+        args.out,
+        head=head,
+        index_only=args.index_only,
+        quantize=quantize,
+        attention=attention,
+        **options,
     )
     print(
         f"wrote {args.out}: {report['head']} index of {report['index_bytes'] / 1e6:.0f} MB "
         f"beside a head of {report['head_bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"
     )
+    if report["latent"] is not None:
+        print_latent(report["latent"])
     if report["quantize"] is not None:
         done = report["quantize"]
         group = "a row" if done["group_size"] is None else f"{done['group_size']} weights"

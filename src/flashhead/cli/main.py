@@ -27,9 +27,11 @@ from flashhead.cli import (
     eval_frontier,
     eval_head,
     eval_logprobs,
+    eval_model,
     eval_sampling,
     eval_vllm,
     generate,
+    heal,
     inspect,
     push,
     serve,
@@ -39,6 +41,8 @@ from flashhead.cli import (
 from flashhead.cli.arguments import Parser
 from flashhead.errors import FlashHeadError
 
+EVALUATIONS = ("head", "logprobs", "sampling", "frontier", "vllm", eval_model.NAME)
+"""Subcommands of eval; any other word there is a model."""
 EXTRAS = {
     "transformers": "transformers",
     "accelerate": "gguf",
@@ -56,7 +60,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, chat, serve, convert, verify, push, inspect, tune):
+    for module in (demo, generate, chat, serve, convert, heal, verify, push, inspect, tune):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
@@ -64,6 +68,7 @@ def build_parser() -> Parser:
     eval_sampling.add_parser(evaluations)
     eval_frontier.add_parser(evaluations)
     eval_vllm.add_parser(evaluations)
+    eval_model.add_parser(evaluations)
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)
@@ -78,7 +83,9 @@ def _group(subparsers: Any, name: str, summary: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(eval_model.with_name(given, EVALUATIONS))
     _quieten(args.debug)
     try:
         # a library that prints must not get into the way of the document

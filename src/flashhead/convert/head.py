@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashhead.convert.latent_folder import convert_attention, mark_latent
 from flashhead.errors import FlashHeadError
 from flashhead.index.store import save_index
+from flashhead.options_latent import LatentOptions
 
 if TYPE_CHECKING:
     from flashhead.index.choose import Expectation
@@ -27,6 +29,7 @@ def convert(
     trust_remote_code: bool = False,
     index_only: bool = False,
     quantize: str | None = None,
+    attention: LatentOptions | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a folder that holds the model, its tokenizer and an index of its head.
@@ -41,13 +44,14 @@ def convert(
         progress: progress bars on stderr.
         trust_remote_code: run Python code that the model's folder brings.
         index_only: write the index and its `flashhead` section alone, without weights.
+        attention: make attention latent (`convert.latent`) before all else; None: leave it.
         quantize: a layout for the linear layers (`options.QUANTIZE`), or None; the head stays.
         options: fields of `CodesOptions` or `ClustersOptions`.
 
     Returns:
         What was written: `out`, `head`, `index_bytes`, `head_bytes`, `model_bytes` (as loaded),
-        `folder_bytes`, `quantize`, `seconds`, `parameters`; and for codes `expectation`: what was
-        chosen and why (`index.choose`).
+        `folder_bytes`, `latent`, `quantize`, `seconds`, `parameters`; and for codes `expectation`:
+        what was chosen and why (`index.choose`).
 
     Raises:
         FlashHeadError: `out` exists or its parent does not, too little disk space, or the model
@@ -73,6 +77,11 @@ def convert(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
     _require_disk(out, weights // 2 if index_only else 3 * weights // 2)
+    latent = None
+    if attention is not None:
+        if tokenizer is None:
+            raise FlashHeadError("attention and index_only: latent attention changes the weights")
+        latent = convert_attention(loaded, tokenizer, attention, progress=progress)
     quantized = None
     if quantize is not None:
         from flashhead.convert.quantize import Quantized
@@ -99,6 +108,7 @@ def convert(
             else:
                 loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            mark_latent(loaded, folder)
             # a checkpoint's own quantization stays named; the plugin for vLLM sees our section
             config = {"quantization_config": {"quant_method": "flashhead"}}
             config |= json.loads(path.read_text())
@@ -114,6 +124,7 @@ def convert(
         "head_bytes": attachment.head.weight.numel() * attachment.head.weight.element_size(),
         "model_bytes": weights,
         "folder_bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        "latent": latent,
         "quantize": None if quantized is None else quantized.described(),
         "crossover_rows": attachment.head.crossover_rows,
         "expectation": _expectation(attachment.expectation),

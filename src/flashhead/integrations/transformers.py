@@ -22,6 +22,7 @@ from flashhead.index.clusters import ClustersIndex
 from flashhead.index.codes import CodesIndex
 from flashhead.index.store import load_index
 from flashhead.integrations.calibration import sample_hidden_states
+from flashhead.integrations.latent_model import load_latent, read_section
 from flashhead.integrations.packed import pack_body
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
@@ -162,10 +163,16 @@ def load_dense(
         source = str(path.parent)
     else:
         where["use_safetensors"] = True
+    latent = read_section(source)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **where
-        )
+        if latent is not None:
+            model, info = load_latent(source, latent, dtype), {"missing_keys": ()}
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **where
+            )
+    except FlashHeadError:
+        raise
     except ImportError as error:
         extra = "gguf" if path.suffix == ".gguf" else "quantize"
         raise FlashHeadError(

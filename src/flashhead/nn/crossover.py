@@ -179,7 +179,7 @@ def _states(head: "FlashHead") -> Tensor:
 def _uses(head: "FlashHead") -> dict[str, tuple[Call, Call]]:
     """Search and dense product of each use."""
     uses: dict[str, tuple[Call, Call]] = {"logits": (head.search, head.dense)}
-    if head.searches_codes:
+    if isinstance(head.index, CodesIndex):
         uses["token"] = (head.next_token, lambda batch: head.dense(batch).argmax(-1))
     return uses
 

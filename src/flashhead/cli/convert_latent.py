@@ -1,0 +1,88 @@
+"""`flashhead convert --attention latent`: its arguments and its lines on the screen."""
+
+import argparse
+from typing import Any
+
+from flashhead.cli.arguments import Parser, existing_file, integer, real
+from flashhead.errors import FlashHeadError
+
+_OWN = {
+    "kv_ratio": "--kv-ratio",
+    "kv_dtype": "--kv-dtype",
+    "rotary": "--rotary",
+    "ranks": "--ranks",
+    "calibration": "--calibration",
+    "calibration_tokens": "--calibration-tokens",
+}
+"""Argument: its flag."""
+
+
+def add_latent(parser: Parser) -> None:
+    """Arguments of latent attention."""
+    group = parser.add_argument_group("latent attention")
+    group.add_argument(
+        "--attention",
+        choices=("keep", "latent"),
+        default="keep",
+        help="latent: cache one latent a token instead of keys and values (default: keep)",
+    )
+    group.add_argument(
+        "--kv-ratio",
+        type=real("a number from 1", lambda value: value >= 1),
+        metavar="R",
+        help="numbers a token in the cache, before over after (default: 2)",
+    )
+    group.add_argument(
+        "--kv-dtype",
+        choices=("bf16", "fp8", "int8", "int4"),
+        help="what generate() keeps latents in (default: bf16)",
+    )
+    group.add_argument(
+        "--rotary",
+        choices=("rebuilt", "decoupled"),
+        help="rebuilt: closer to the model; decoupled: nothing is rebuilt at decode, as in "
+        "DeepSeek-V2 (default: rebuilt)",
+    )
+    group.add_argument(
+        "--ranks",
+        choices=("budget", "uniform"),
+        help="budget: layers compete for the numbers; uniform: all alike (default: budget)",
+    )
+    group.add_argument(
+        "--calibration",
+        type=existing_file,
+        nargs="+",
+        metavar="FILE",
+        help="text, .txt or .jsonl (default: text that the model samples)",
+    )
+    group.add_argument("--calibration-tokens", type=integer(256), metavar="N", help="default: 8192")
+
+
+def latent_options(args: argparse.Namespace) -> Any:
+    """`LatentOptions`, or None for `--attention keep`.
+
+    Raises:
+        FlashHeadError: an option of latent attention without it.
+    """
+    given = {name: getattr(args, name) for name in _OWN if getattr(args, name) is not None}
+    if args.attention == "keep":
+        if given:
+            raise FlashHeadError(f"{_OWN[next(iter(given))]}: wanted --attention latent with it")
+        return None
+    if args.index_only:
+        raise FlashHeadError("--index-only: latent attention changes the weights")
+    if "calibration" in given:
+        given["calibration"] = tuple(given["calibration"])
+    from flashhead.options_latent import LatentOptions
+
+    return LatentOptions(**given)
+
+
+def print_latent(report: dict[str, Any]) -> None:
+    """What became of the cache."""
+    widths = report["widths"]
+    print(
+        f"{len(widths)} layers cache {sum(widths) / len(widths):.0f} numbers a token on average "
+        f"({min(widths)} to {max(widths)}), 1/{report['kv_ratio']:.2f} of keys and values, in "
+        f"{report['kv_dtype']}; expected KL from that {sum(report['expected_kl']):.3g} nats a token"
+    )

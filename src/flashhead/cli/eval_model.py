@@ -1,0 +1,109 @@
+"""`flashhead eval MODEL --against BASE`: what a conversion lost, through the real cache path."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flashhead.cli.arguments import (
+    MODEL_HELP,
+    Parser,
+    command,
+    existing_file,
+    integer,
+    new_file,
+    real,
+    write_document,
+)
+from flashhead.errors import FlashHeadError
+
+NAME = "model"
+TASKS = ("perplexity",)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Describe the subcommand."""
+    parser: Parser = command(
+        subparsers,
+        NAME,
+        run,
+        "compare a model with the one it was made from (the word `model` may be left out)",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--against", required=True, metavar="BASE", help="the original model")
+    parser.add_argument("--tasks", choices=TASKS, default="perplexity", help="default: perplexity")
+    parser.add_argument(
+        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
+    )
+    parser.add_argument(
+        "--limit", type=integer(2), default=16384, metavar="TOKENS", help="default: 16384"
+    )
+    parser.add_argument(
+        "--decode-share",
+        type=real("from 0 to 1", lambda value: 0 <= value <= 1),
+        default=0.25,
+        metavar="S",
+        help="of every window's tokens, from its end, one at a time (default: 0.25)",
+    )
+    parser.add_argument(
+        "--window", type=integer(2), default=512, metavar="N", help="tokens (default: 512)"
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("bf16", "fp8", "int8", "int4"),
+        help="of MODEL's latents (default: as its folder says)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
+
+
+def with_name(argv: list[str], names: Any) -> list[str]:
+    """`eval MODEL ...` is short for `eval model MODEL ...`."""
+    if argv[:1] == ["eval"] and len(argv) > 1 and argv[1] not in (*names, "-h", "--help"):
+        return ["eval", NAME, *argv[1:]]
+    return argv
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the table."""
+    from flashhead.cli import session
+
+    sources = [session.open_source(name) for name in (args.model, args.against)]
+    from flashhead.evaluate.perplexity import compare, format_table
+    from flashhead.evaluate.text import read_documents, token_windows
+    from flashhead.integrations.latent_model import latent_modules
+    from flashhead.integrations.transformers import load_dense, load_tokenizer
+    from flashhead.nn.token_store import StoreOptions
+
+    tokenizers = [load_tokenizer(source) for source in sources]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise FlashHeadError(f"--against {args.against}: its vocabulary is not {args.model}'s")
+    windows = token_windows(
+        read_documents(args.data), tokenizers[1], args.limit, window_tokens=args.window
+    )
+
+    def load_value() -> Any:
+        model = load_dense(sources[0]).to(args.device)
+        if args.kv_dtype is not None:
+            if not latent_modules(model):
+                raise FlashHeadError(f"--kv-dtype: {args.model} has no latent attention")
+            model.latent_store = StoreOptions(args.kv_dtype)
+        return model
+
+    document = compare(
+        load_dense(sources[1]).to(args.device),
+        load_value,
+        windows,
+        data=args.data,
+        decode_share=args.decode_share,
+    )
+    document["model"], document["against"] = _name(args.model), _name(args.against)
+    document["argv"] = [_name(argument) for argument in document["argv"]]
+    print(format_table(document, document["model"]))
+    if args.out:
+        write_document(args.out, document)
+    return document
+
+
+def _name(model: str) -> str:
+    """A model's name without the machine's folders."""
+    return Path(model).name if Path(model).exists() else model

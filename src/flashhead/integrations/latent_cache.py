@@ -1,0 +1,253 @@
+"""Caches for transformers that hold latents, or keys and values, in few bits.
+
+`LatentCache` is what `generate()` uses on a model with latent attention. `RoundedCache` keeps the
+ordinary keys and values of any model in fp8, int8 or int4: the baseline that costs no conversion.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+
+from flashhead.errors import FlashHeadError
+from flashhead.nn.latent import LatentAttention
+from flashhead.nn.token_store import StoreOptions, TokenStore
+
+
+class StoredLayer(CacheLayerMixin):
+    """One layer's two streams of vectors, each in a `TokenStore`, heads side by side.
+
+    Args:
+        options: how tokens are kept.
+        window: tokens that a query sees; None: all.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, options: StoreOptions, window: int | None = None) -> None:
+        super().__init__()
+        self.options, self.window, self.is_sliding = options, window, window is not None
+        self.stores = (TokenStore(options), TokenStore(options))
+        self.heads = (1, 1)
+        self.seen, self.record_past = 0, False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember how heads are laid out."""
+        self.heads = (key_states.shape[1], value_states.shape[1])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return everything that the window's queries may see.
+
+        Args:
+            key_states: floating `[batch, heads, tokens, width]`.
+            value_states: likewise, of another width; 0 is allowed.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        self.seen += new
+        given = (key_states, value_states)
+        for store, x in zip(self.stores, given, strict=True):
+            if x.shape[-1]:
+                store.append(x.transpose(1, 2).flatten(2))
+        held = len(self.stores[0])
+        visible = held if self.window is None else min(held, self.window - 1 + new)
+        read = [
+            self._read(store, heads, visible, x)
+            for store, heads, x in zip(self.stores, self.heads, given, strict=True)
+        ]
+        if not self.record_past:
+            self._trim()
+        return read[0], read[1]
+
+    def _read(self, store: TokenStore, heads: int, visible: int, like: Tensor) -> Tensor:
+        if not like.shape[-1]:
+            return like.new_empty(like.shape[0], heads, visible, 0)
+        tokens = store.read()
+        tokens = tokens[:, tokens.shape[1] - visible :]
+        return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _trim(self, dropped: int = 0) -> None:
+        """Drop the last `dropped` tokens and what the window has left behind."""
+        stop = len(self.stores[0]) - dropped
+        start = 0 if self.window is None else max(0, stop - self.window + 1)
+        for store in self._filled():
+            store.keep(start, stop)
+
+    def _filled(self) -> list[TokenStore]:
+        return [store for store in self.stores if store.parts]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what the next `update` returns."""
+        held = self.seen if self.window is None else min(self.seen, self.window - 1)
+        return held + query_length, self.seen - held
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The window, or -1 for no limit."""
+        return -1 if self.window is None else self.window
+
+    def activate_past_recording(self) -> None:
+        """Keep what the window leaves behind until the next `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens, given as a negative number.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: the window has already left tokens behind that are needed again.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): wanted minus the tokens to remove")
+        dropped = min(-tokens_to_remove, self.seen)
+        lost = self.seen - len(self.stores[0])
+        needed = 0 if self.window is None else max(0, self.seen - dropped - self.window + 1)
+        if dropped and lost > needed:
+            raise RuntimeError("crop: the window has left these tokens behind")
+        if self.is_initialized:
+            self._trim(dropped)
+            self.seen -= dropped
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stores = (TokenStore(self.options), TokenStore(self.options))
+        self.seen, self.is_initialized = 0, False
+
+    def offload(self) -> None:
+        """Not offered."""
+        raise FlashHeadError("offloading: a latent cache stays on its device")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in another order, as beam search wants them."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        for store in self._filled():
+            store.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        for store in self._filled():
+            rows = torch.arange(store.parts["first"].shape[0]).repeat_interleave(repeats)
+            store.select(rows)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first token."""
+        return self.stores[0].parts["first"].shape[0] if self.stores[0].parts else -1
+
+
+class StoredCache(Cache):
+    """A cache of `StoredLayer`s that can be counted, saved and restored.
+
+    Args:
+        options: how tokens are kept.
+        windows: one a layer; None: no window.
+    """
+
+    def __init__(self, options: StoreOptions, windows: list[int | None]) -> None:
+        super().__init__(layers=[StoredLayer(options, window) for window in windows])
+        self.options = options
+
+    def bytes_held(self) -> int:
+        """Bytes of the storage of all layers."""
+        return sum(store.bytes_held() for layer in self.layers for store in layer.stores)
+
+    def save(self, path: Path) -> None:
+        """Write all tokens to a safetensors file."""
+        tensors = {
+            f"{i}.{j}.{name}": part.contiguous()
+            for i, layer in enumerate(self.layers)
+            for j, store in enumerate(layer.stores)
+            for name, part in store.parts.items()
+        }
+        about = {"seen": ",".join(str(layer.seen) for layer in self.layers)}
+        about["heads"] = ",".join(f"{layer.heads[0]}/{layer.heads[1]}" for layer in self.layers)
+        about["widths"] = ",".join("/".join(str(s.width) for s in r.stores) for r in self.layers)
+        about["options"] = str(self.options)
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(tensors, partial, metadata=about)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Take the tokens of a cache of the same model and options from a file that `save` wrote.
+
+        Raises:
+            FlashHeadError: not such a file, or of other options or layers.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("options") != str(self.options):
+                    raise FlashHeadError(
+                        f"cache {path}: kept as {about.get('options')}, wanted {self.options}"
+                    )
+                seen = about["seen"].split(",")
+                if len(seen) != len(self.layers):
+                    raise FlashHeadError(
+                        f"cache {path}: {len(seen)} layers, wanted {len(self.layers)}"
+                    )
+                names = set(file.keys())
+                for i, layer in enumerate(self.layers):
+                    heads = about["heads"].split(",")[i].split("/")
+                    widths = about["widths"].split(",")[i].split("/")
+                    layer.seen, layer.heads = int(seen[i]), (int(heads[0]), int(heads[1]))
+                    layer.is_initialized = layer.seen > 0
+                    for j, store in enumerate(layer.stores):
+                        prefix = f"{i}.{j}."
+                        own = [name for name in names if name.startswith(prefix)]
+                        if own:
+                            parts = {n.removeprefix(prefix): file.get_tensor(n) for n in own}
+                            store.load(parts, int(widths[j]))
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            if isinstance(error, FlashHeadError):
+                raise
+            raise FlashHeadError(f"cache {path}: not readable ({error})") from error
+
+
+class LatentCache(StoredCache):
+    """The cache of a model with latent attention.
+
+    Args:
+        model: whose attention modules are `LatentAttention`.
+        options: how latents are kept; None: as the model's folder says, else bf16.
+
+    Raises:
+        FlashHeadError: the model has no latent attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: StoreOptions | None = None) -> None:
+        modules = [m for m in model.modules() if isinstance(m, LatentAttention)]
+        if not modules:
+            raise FlashHeadError("the model has no latent attention: flashhead convert makes one")
+        modules.sort(key=lambda module: module.layer_idx)
+        chosen = options or getattr(model, "latent_store", None) or StoreOptions()
+        super().__init__(chosen, [module.shape.window for module in modules])
+
+
+class RoundedCache(StoredCache):
+    """Keys and values as they are, in few bits.
+
+    Args:
+        config: of the model.
+        options: how keys and values are kept.
+    """
+
+    def __init__(self, config: Any, options: StoreOptions) -> None:
+        _, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        super().__init__(options, [layer.get("sliding_window") for layer in kwargs])

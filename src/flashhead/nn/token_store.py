@@ -1,0 +1,210 @@
+"""Vectors of tokens, kept in few bits: what a cache is made of.
+
+Coordinates are cut into groups that share one float16 scale, the group's largest magnitude. int4
+packs two codes a byte. The first and the last tokens can stay exact: attention sinks and the latest
+tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8 (e4m3) w + 2 a group; int4
+w / 2 + 2 a group.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flashhead.errors import FlashHeadError
+
+KINDS = ("bf16", "fp8", "int8", "int4")
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreOptions:
+    """How tokens are kept.
+
+    Args:
+        kind: "bf16" (the dtype that comes in), "fp8", "int8" or "int4".
+        group: coordinates that share a scale, 2 or more, even.
+        exact_first: tokens at the start that stay in the dtype that came in.
+        exact_last: tokens at the end that do.
+
+    Raises:
+        FlashHeadError: a value out of range.
+    """
+
+    kind: str = "bf16"
+    group: int = 64
+    exact_first: int = 0
+    exact_last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise FlashHeadError(f"kv_dtype={self.kind!r}: wanted one of {', '.join(KINDS)}")
+        if type(self.group) is not int or self.group < 2 or self.group % 2:
+            raise FlashHeadError(f"group={self.group!r}: wanted an even number, 2 or more")
+        for name in ("exact_first", "exact_last"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise FlashHeadError(f"{name}={value!r}: wanted 0 or a positive integer")
+
+
+def quantize(x: Tensor, options: StoreOptions) -> tuple[Tensor, Tensor]:
+    """Codes and scales.
+
+    Args:
+        x: floating `[..., width]`.
+        options: with a kind other than bf16.
+
+    Returns:
+        codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up
+        to whole groups; scales float16 `[..., groups]`.
+    """
+    width, group = x.shape[-1], min(options.group, x.shape[-1] + x.shape[-1] % 2)
+    x = functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
+    largest = _LARGEST[options.kind]
+    scale = (x.abs().amax(-1) / largest).clamp(2**-24, 65504).half()
+    x = (x / scale[..., None].float()).clamp(-largest, largest).flatten(-2)
+    if options.kind == "fp8":
+        # bytes: few operations know float8
+        return x.to(torch.float8_e4m3fn).view(torch.uint8), scale
+    codes = x.round()
+    if options.kind == "int8":
+        return codes.to(torch.int8), scale
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, width: int, kind: str, dtype: torch.dtype) -> Tensor:
+    """The way back: `[..., width]`."""
+    if kind == "int4":
+        pair = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+        values = pair.float() - 8
+    else:
+        values = (codes.view(torch.float8_e4m3fn) if kind == "fp8" else codes).float()
+    groups = scale.shape[-1]
+    values = values.unflatten(-1, (groups, -1)) * scale[..., None].float()
+    return values.flatten(-2)[..., :width].to(dtype)
+
+
+class TokenStore:
+    """Growing `[batch, tokens, width]`: exact first tokens, codes, exact last tokens.
+
+    Args:
+        options: how tokens are kept.
+    """
+
+    def __init__(self, options: StoreOptions) -> None:
+        self.options = options
+        self.parts: dict[str, Tensor] = {}
+        """"first" and "last" (exact) `[batch, n, width]`, "codes" and "scale" between them."""
+        self.width = 0
+
+    def append(self, x: Tensor) -> None:
+        """Add tokens at the end.
+
+        Args:
+            x: floating `[batch, tokens, width]`.
+        """
+        if not self.parts:
+            self._start(x)
+        room = max(0, self.options.exact_first - self.parts["first"].shape[1])
+        if room and not self.parts["codes"].shape[1]:
+            self.parts["first"] = torch.cat((self.parts["first"], x[:, :room]), 1)
+            x = x[:, room:]
+        last = torch.cat((self.parts["last"], x), 1)
+        if self.options.kind == "bf16":
+            self.parts["last"] = last
+            return
+        full = last.shape[1] - self.options.exact_last
+        if full > 0:
+            self._code(last[:, :full])
+            last = last[:, full:].clone()
+        self.parts["last"] = last
+
+    def read(self) -> Tensor:
+        """All tokens: `[batch, tokens, width]` in the dtype that came in."""
+        parts = [self.parts["first"], self.parts["last"]]
+        if self.parts["codes"].shape[1]:
+            middle = dequantize(
+                self.parts["codes"],
+                self.parts["scale"],
+                self.width,
+                self.options.kind,
+                parts[0].dtype,
+            )
+            parts.insert(1, middle)
+        parts = [part for part in parts if part.shape[1]] or parts[:1]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def __len__(self) -> int:
+        if not self.parts:
+            return 0
+        return sum(self.parts[name].shape[1] for name in ("first", "codes", "last"))
+
+    def keep(self, start: int, stop: int) -> None:
+        """Drop all tokens but [start, stop)."""
+        at = 0
+        for names in (("first",), ("codes", "scale"), ("last",)):
+            length = self.parts[names[0]].shape[1]
+            low, high = (min(max(edge - at, 0), length) for edge in (start, stop))
+            for name in names:
+                # a view would keep the memory of what was dropped
+                if (low, high) != (0, length):
+                    self.parts[name] = self.parts[name][:, low:high].clone()
+            at += length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order.
+
+        Args:
+            rows: int64[any].
+        """
+        rows = rows.to(self.parts["first"].device)
+        self.parts = {name: part.index_select(0, rows) for name, part in self.parts.items()}
+
+    def bytes_held(self) -> int:
+        """Bytes of all storage behind it."""
+        return sum(part.untyped_storage().nbytes() for part in self.parts.values())
+
+    def load(self, parts: dict[str, Tensor], width: int) -> None:
+        """Take what `parts` of another store of the same options held.
+
+        Raises:
+            FlashHeadError: parts that do not belong together.
+        """
+        if set(parts) != {"first", "codes", "scale", "last"}:
+            raise FlashHeadError(f"cache: a store's parts: {sorted(parts)}")
+        kind = self.options.kind
+        group = min(self.options.group, width + width % 2)
+        padded = width + -width % group
+        wanted = {"first": width, "last": width, "codes": padded, "scale": padded // group}
+        wanted["codes"] = padded // 2 if kind == "int4" else 0 if kind == "bf16" else padded
+        wanted["scale"] = 0 if kind == "bf16" else padded // group
+        for name, part in parts.items():
+            if part.dim() != 3 or part.shape[2] != wanted[name]:
+                raise FlashHeadError(
+                    f"cache: {name} of {list(part.shape)}: wanted width {wanted[name]}"
+                )
+        self.parts, self.width = dict(parts), width
+
+    def _start(self, x: Tensor) -> None:
+        empty = x[:, :0].clone()
+        codes, scale = empty[..., :0], empty[..., :0]
+        if self.options.kind != "bf16":
+            codes, scale = quantize(empty, self.options)
+        self.parts = {"first": empty, "codes": codes, "scale": scale, "last": empty}
+        self.width = x.shape[-1]
+
+    def _code(self, x: Tensor) -> None:
+        for name, new in zip(("codes", "scale"), quantize(x, self.options), strict=True):
+            self.parts[name] = torch.cat((self.parts[name], new), 1)
+
+
+def bytes_per_token(width: int, options: StoreOptions) -> float:
+    """Bytes that one token of `width` numbers takes, exact ones aside; bf16 counts 2 a number."""
+    if options.kind == "bf16":
+        return 2.0 * width
+    group = min(options.group, width + width % 2)
+    groups = math.ceil(width / group)
+    return groups * (group / (2 if options.kind == "int4" else 1) + 2)
