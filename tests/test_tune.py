@@ -102,6 +102,24 @@ def test_a_lost_crossover_is_not_kept_at_attach(file, measured, monkeypatch):
     assert not file.exists()
 
 
+def test_the_token_is_timed_wherever_the_codes_are_searched():
+    """A GPU's search once had complete logits timed alone, so greedy rows were dense there."""
+    head = codes_head()
+    head.device_search = object()
+    assert set(crossover._uses(head)) == {"logits", "token"}
+    assert set(crossover._uses(clusters_head())) == {"logits"}
+
+
+def test_a_search_that_pays_for_the_token_alone_is_kept(file, measured, monkeypatch, caplog):
+    """Catches a crossover thrown away, or called lost, because complete logits do not pay."""
+    monkeypatch.setattr(crossover, "crossover_of", lambda _: Crossover(logits=0, token=8))
+    for _ in range(2):
+        head = codes_head()
+        assert (head.crossover_rows, head.token_crossover_rows) == (0, 8)
+    assert len(measured) == 1
+    assert "does not beat" not in caplog.text
+
+
 def test_cache_can_be_switched_off(file, measured, monkeypatch):
     """Catches a test, or a user who said no, that writes to the cache or believes it."""
     store_entry(Entry(key_of(codes_head()), Crossover(64, 64), 9))

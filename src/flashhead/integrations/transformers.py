@@ -164,9 +164,10 @@ def load_dense(
     else:
         where["use_safetensors"] = True
     latent = read_section(source)
+    info: dict[str, Any] = {"missing_keys": ()}
     try:
         if latent is not None:
-            model, info = load_latent(source, latent, dtype), {"missing_keys": ()}
+            model = load_latent(source, latent, dtype)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **where

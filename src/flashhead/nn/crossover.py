@@ -78,7 +78,8 @@ def find_crossover(head: "FlashHead") -> Crossover:
     entry = _kept(head) if cache_is_on() else None
     if entry is None:
         crossover, source = crossover_of(time_rows(head, ATTACH_PAIRS)), "measured"
-        if cache_is_on() and crossover.logits > 0:  # "never" may be a busy moment: measure again
+        # "never" may be a busy moment: measure again
+        if cache_is_on() and max(crossover.logits, crossover.token) > 0:
             _keep(Entry(key_of(head), crossover, ATTACH_PAIRS))
     else:
         crossover, source = entry.crossover, "from tune.json"
@@ -87,7 +88,7 @@ def find_crossover(head: "FlashHead") -> Crossover:
         "%d for the certified token",
         *(source, head.kind, crossover.logits, crossover.token),
     )
-    if crossover.logits == 0:
+    if max(crossover.logits, crossover.token) == 0:
         _log.warning(
             "the %s search does not beat the dense head here (%s): the dense one runs; "
             "flashhead tune measures again",
