@@ -61,13 +61,26 @@ def placed(folder: Path, name: str = "variant") -> Path:
 
 
 @pytest.mark.parametrize("kind", QUANTIZE)
-def test_the_bytes_are_those_of_the_whole_model(kind, tiny_folder, tmp_path, monkeypatch):
+def test_the_bytes_are_those_of_the_whole_model(kind, sharded, tmp_path, monkeypatch):
     """Catches a cast, a scale or a config that differs where float32 weights are read one by one;
     the only change to what runs is which of the two ways is taken."""
+    source = tmp_path / "source"
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=515,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(source)
+    for path in sharded.glob("tokenizer*"):
+        shutil.copyfile(path, source / path.name)
     one, other = placed(tmp_path / "a"), placed(tmp_path / "b")
-    done = convert(tiny_folder, one, head="dense", quantize=kind, progress=False)
+    done = convert(str(source), one, head="dense", quantize=kind, progress=False)
     monkeypatch.setattr(shards, "plan_shards", lambda *_: "asked by the test")
-    whole = convert(tiny_folder, other, head="dense", quantize=kind, progress=False)
+    whole = convert(str(source), other, head="dense", quantize=kind, progress=False)
     assert (done["by_shards"], whole["by_shards"]) == (True, False)
     assert contents(one) == contents(other)
 
@@ -196,7 +209,7 @@ from flashhead.convert.shards import plan_shards
 from flashhead.convert.workspace import Workspace
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: line.split()[1] for line in lines}
+    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
     return 1024 * int(found["VmHWM"]), 1024 * int(found["VmRSS"])
 with Workspace(Path(sys.argv[2]).with_name("warm"), {}, False) as work:
     plan_shards(Path(sys.argv[1]), "w4a16").write(work, False)  # lazy imports, thread pools

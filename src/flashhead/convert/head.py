@@ -92,7 +92,8 @@ def convert(
         out = default_name(model, source, head=head, quantize=quantize, index_only=index_only)
     out = Path(out)
     job = Job(source, head, progress, trust_remote_code, index_only, quantize, options)
-    asked = {**dataclasses.asdict(job), "source": str(source)}
+    asked = dataclasses.asdict(job)
+    del asked["source"], asked["progress"]
     with told_if_full(out), Workspace(out, fingerprint(source, asked), progress) as work:
         report = _by_shards(job, work) or _in_memory(job, work)
         if not index_only:
