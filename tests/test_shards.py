@@ -1,7 +1,6 @@
 """Quantizing file by file: the same bytes as with the model in memory, also after a kill."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -244,7 +243,9 @@ def test_memory_is_that_of_a_shard(sharded, tmp_path):
     command = [sys.executable, "-c", MEASURED, str(sharded), str(folder), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, head = json.loads(done.stdout.splitlines()[-1])
-    print(f"peak {peak / 1e6:.0f} MB, largest file {max(sizes) / 1e6:.0f} MB, head {head / 1e6:.0f}")
+    print(
+        f"peak {peak / 1e6:.0f} MB, largest file {max(sizes) / 1e6:.0f} MB, head {head / 1e6:.0f}"
+    )
     assert 0.3 * max(sizes) < peak < 1.3 * max(sizes) + head
 
 
@@ -275,7 +276,7 @@ def test_names_by_convention(tiny_folder, sharded, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(sharded), "--head", "dense", "--quantize", "w8a16"]) == 0
     assert "wrote Qwen2-Tiny-W8A16: its dense head" in capsys.readouterr().out
-    assert os.listdir() == ["Qwen2-Tiny-W8A16"]
+    assert [path.name for path in tmp_path.iterdir()] == ["Qwen2-Tiny-W8A16"]
     source = shutil.copytree(tiny_folder, tmp_path / "snapshot")
     config = json.loads((source / "config.json").read_text()) | {"_name_or_path": "owner/Base-1B"}
     (source / "config.json").write_text(json.dumps(config))

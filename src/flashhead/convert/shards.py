@@ -3,7 +3,7 @@
 A tensor's role (a linear layer's weight, or not) is read off the model on the meta device. A weight
 file is memory-mapped, its linear layers are compressed one by one by the functions that `Quantized`
 uses on a whole model, the rest is copied, and one file is written for it. In memory is what is
-written of one file, one layer while it is rounded, and pages of the file that is read.
+written of one file, some rows while they are rounded, and pages of the file that is read.
 """
 
 import json
@@ -22,6 +22,9 @@ from flashhead.convert.workspace import Workspace
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.skeleton import save_configs, skeleton, stored_parameters
 from flashhead.ledger.files import read_safetensors
+
+CHUNK_WEIGHTS = 1 << 18
+"""Weights rounded at a time: the library's temporary tensors take some 50 bytes a weight."""
 
 
 class Shards:
@@ -134,23 +137,29 @@ def plan_shards(source: Path, kind: str) -> Shards | str:
 
 
 def _packed(ct: Any, layer: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-    """Codes and scales of a linear layer; the layer is not usable afterwards."""
-    kept = dict(layer.named_parameters(recurse=False))
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    for name in kept.keys() - {"weight", "bias"}:
-        real = torch.empty(kept[name].shape, dtype=kept[name].dtype)
-        setattr(layer, name, nn.Parameter(real, requires_grad=False))
-    with torch.no_grad():
-        _round(ct, layer)
-        _compress(ct, layer)
-    made = {
-        name: tensor.detach().contiguous()
-        for name, tensor in layer.named_parameters(recurse=False)
-        if name != "bias"
-    }
-    for name in made:
-        delattr(layer, name)
+    """Codes and scales of a linear layer: rows do not depend on each other, so some at a time."""
+    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    parts = [_packed_rows(ct, layer, part) for part in weight.split(rows)]
+    made = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if "weight_shape" in made:
+        made["weight_shape"] = torch.tensor(weight.shape)
     return made
+
+
+def _packed_rows(ct: Any, layer: Any, weight: Tensor) -> dict[str, Tensor]:
+    """The same of some rows of the layer's weight."""
+    rows, columns = weight.shape
+    part: Any = nn.Linear(columns, rows, bias=False, device="meta")
+    part.quantization_scheme = layer.quantization_scheme
+    part.weight = nn.Parameter(weight, requires_grad=False)
+    for name, kept in layer.named_parameters(recurse=False):
+        if name not in ("weight", "bias"):
+            real = torch.empty(rows, *kept.shape[1:], dtype=kept.dtype)
+            setattr(part, name, nn.Parameter(real, requires_grad=False))
+    with torch.no_grad():
+        _round(ct, part)
+        _compress(ct, part)
+    return {name: p.detach().contiguous() for name, p in part.named_parameters(recurse=False)}
 
 
 def _written(names: list[str]) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 `progress.json` in it says what is made (a fingerprint of source, options and versions) and which
 weight files are finished. Ctrl-C or a kill leaves it, and the same command goes on there; any other
-error removes it. The system frees the lock, which is on the partial folder itself, with the process.
+error removes it. The lock is on the partial folder itself; the system frees it with its process.
 """
 
 import contextlib
