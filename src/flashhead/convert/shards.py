@@ -98,17 +98,18 @@ class Shards:
         """What is written for one file."""
         tensors: dict[str, Tensor] = {}
         done = 0
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+        for name in read_safetensors(path):
+            with safe_open(path, framework="pt") as file:  # anew: its pages go with its tensor
                 tensor, dtype = file.get_tensor(name), self.parameters[name].dtype
-                done += tensor.numel() * tensor.element_size()
-                if name in self._layers:
-                    prefix = name.removesuffix("weight")
-                    codes = _packed(ct, self._layers[name], tensor.to(dtype, copy=True))
-                    tensors |= {prefix + own: part for own, part in codes.items()}
-                else:
-                    tensors[name] = tensor.to(dtype).contiguous()
-                bar.update(tensor.numel() * tensor.element_size())
+            read = tensor.numel() * tensor.element_size()
+            if name in self._layers:
+                codes = _packed(ct, self._layers[name], tensor, dtype)
+                tensors |= {name.removesuffix("weight") + own: t for own, t in codes.items()}
+            else:
+                tensors[name] = tensor.to(dtype).contiguous()
+            del tensor
+            done += read
+            bar.update(read)
         bar.update(size - done)  # its header
         return tensors
 
@@ -136,10 +137,10 @@ def plan_shards(source: Path, kind: str) -> Shards | str:
     return Shards(source, model, kind)
 
 
-def _packed(ct: Any, layer: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+def _packed(ct: Any, layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Codes and scales of a linear layer: rows do not depend on each other, so some at a time."""
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    parts = [_packed_rows(ct, layer, part) for part in weight.split(rows)]
+    parts = [_packed_rows(ct, layer, w.to(dtype, copy=True)) for w in weight.split(rows)]
     made = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "weight_shape" in made:
         made["weight_shape"] = torch.tensor(weight.shape)
