@@ -54,11 +54,13 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
 
 
-def add_head(parser: Parser) -> None:
+def add_head(
+    parser: Parser,
+    choices: tuple[str, ...] = HEADS,
+    text: str = "index (default: the folder's if it has one, else codes)",
+) -> None:
     """`--head` and `--set`."""
-    parser.add_argument(
-        "--head", choices=HEADS, help="index (default: the folder's if it has one, else codes)"
-    )
+    parser.add_argument("--head", choices=choices, help=text)
     known = "; ".join(f"{kind}: {', '.join(_fields(kind))}" for kind in HEADS)
     parser.add_argument(
         "--set",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, index_options
+from flashhead.cli.arguments import HEADS, MODEL_HELP, Parser, add_head, command, index_options
 from flashhead.cli.convert_latent import add_latent, latent_options, print_latent
 from flashhead.errors import FlashHeadError
 from flashhead.options import QUANTIZE
@@ -16,8 +16,18 @@ def add_parser(subparsers: Any) -> None:
         subparsers, "convert", run, "write a Hugging Face folder with the index of its head"
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
-    add_head(parser)
+    parser.add_argument(
+        "out",
+        nargs="?",
+        type=Path,
+        metavar="OUT",
+        help="folder to write; must not exist (default: such as BASE-FlashHead-W4A16, here)",
+    )
+    add_head(
+        parser,
+        (*HEADS, "dense"),
+        "index (default: codes); dense: none, with --quantize a plain quantized model",
+    )
     parser.add_argument(
         "--quantize",
         choices=["none", *QUANTIZE],
@@ -33,18 +43,22 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Convert and say what was written."""
-    options = index_options(args)
+    if args.head == "dense" and args.set:
+        raise FlashHeadError("--head dense with --set: there is no index to set options of")
+    options = {} if args.head == "dense" else index_options(args)
+    from flashhead.convert.workspace import require_new
+
+    if args.out is not None:
+        require_new(args.out)
     attention = latent_options(args)
-    if args.out.exists():
-        raise FlashHeadError(f"{args.out} exists: nothing is written over, name a new folder")
     from flashhead.cli import session
     from flashhead.convert.head import convert
 
-    source = session.open_source(args.model)
+    session.open_source(args.model)
     head = args.head or "codes"
     quantize = None if args.quantize == "none" else args.quantize
     report = convert(
-        source,
+        args.model,
         args.out,
         head=head,
         index_only=args.index_only,
@@ -52,23 +66,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         attention=attention,
         **options,
     )
+    _print_written(report)
+    if report["expectation"] is not None:
+        _print_choice(report["expectation"])
+    return {**report, "model": args.model}
+
+
+def _print_written(report: dict[str, Any]) -> None:
+    """What was written, and what became of the linear layers."""
+    index = (
+        "its dense head"
+        if report["parameters"] is None
+        else f"{report['head']} index of {report['index_bytes'] / 1e6:.0f} MB beside a head"
+    )
     print(
-        f"wrote {args.out}: {report['head']} index of {report['index_bytes'] / 1e6:.0f} MB "
-        f"beside a head of {report['head_bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"
+        f"wrote {report['out']}: {index} of {report['head_bytes'] / 1e6:.0f} MB, "
+        f"{report['seconds']:.0f} s"
     )
     if report["latent"] is not None:
         print_latent(report["latent"])
     if report["quantize"] is not None:
         done = report["quantize"]
         group = "a row" if done["group_size"] is None else f"{done['group_size']} weights"
+        whole = "folder" if report["parameters"] is None else "folder with its index"
         print(
             f"{done['layers']} layers rounded to {done['kind']}, a scale for {group}: "
-            f"{report['model_bytes'] / 1e6:.0f} MB of weights became a folder of "
-            f"{report['folder_bytes'] / 1e6:.0f} MB with its index"
+            f"{report['model_bytes'] / 1e6:.0f} MB of weights became a {whole} of "
+            f"{report['folder_bytes'] / 1e6:.0f} MB"
         )
-    if report["expectation"] is not None:
-        _print_choice(report["expectation"])
-    return {**report, "model": args.model}
 
 
 def _print_choice(expected: dict[str, Any]) -> None:

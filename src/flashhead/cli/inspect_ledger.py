@@ -65,10 +65,23 @@ def _print_index(document: dict[str, Any]) -> None:
         if "weights" not in document:  # there is a folder
             print("No index in this folder: flashhead convert MODEL OUT writes one.")
         return
+    _print_stored_twice(document)
     parameters = index["section"]["parameters"]
     options = ", ".join(f"{name} {value}" for name, value in parameters["options"].items())
     print(
         f"Index file: {index['file_bytes'] / 1e6:.1f} MB, format "
         f"{index['section']['format_version']}, shaped by {parameters['calibration_tokens']:,} "
         f"hidden states; {options}."
+    )
+
+
+def _print_stored_twice(document: dict[str, Any]) -> None:
+    """The head is in the folder as rows and as an index: why."""
+    index, head = document["index"], document["bytes_per_token"]["head"]
+    tied = "; they are the input embedding too" if document["tied"] else ""
+    print(
+        f"Stored twice: the head, and nothing of the body. Its exact rows ({head / 1e6:.1f} MB, "
+        f"{index['section']['head_dtype']}) stay because winners are scored with them{tied}. The "
+        f"index ({index['file_bytes'] / 1e6:.1f} MB) holds the same rows again, as "
+        f"{index['kind']}, because that is what a token reads to find the winners."
     )

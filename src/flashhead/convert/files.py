@@ -110,12 +110,7 @@ def check_files(folder: Path) -> str:
     """
     config = read_config(folder)
     section = config.get("flashhead")
-    shards = weight_files(folder)
-    for name, tensors in shards.items():
-        found = _check_safetensors(folder, name, SHARDS_FILE)
-        absent = sorted(tensors - found)
-        if absent:
-            raise FlashHeadError(f"{name}: no tensor {absent[0]!r}, which {SHARDS_FILE} puts there")
+    shards = check_weights(folder)
     if isinstance(section, dict):
         _check_safetensors(folder, INDEX_FILE, "config.json")
         size = (folder / INDEX_FILE).stat().st_size
@@ -132,6 +127,25 @@ def check_files(folder: Path) -> str:
     index = "no index" if section is None else f"{section.get('index')} index"
     total = sum((folder / name).stat().st_size for name in model_files(folder).kept)
     return f"{len(shards)} weight file{'s'[: len(shards) != 1]}, {index}, {total / 1e6:,.1f} MB"
+
+
+def check_weights(folder: Path) -> dict[str, set[str]]:
+    """Check that every weight file is there, as long as its header says, with the tensors that the
+    weights' index puts there.
+
+    Returns:
+        As `weight_files`.
+
+    Raises:
+        FlashHeadError: the file that is missing, truncated or damaged.
+    """
+    shards = weight_files(folder)
+    for name, tensors in shards.items():
+        found = _check_safetensors(folder, name, SHARDS_FILE)
+        absent = sorted(tensors - found)
+        if absent:
+            raise FlashHeadError(f"{name}: no tensor {absent[0]!r}, which {SHARDS_FILE} puts there")
+    return shards
 
 
 def _check_safetensors(folder: Path, name: str, named_by: str) -> set[str]:

@@ -27,7 +27,7 @@ class Quantized:
     """A model whose weights stand on their grids, still in its own dtype, until it is saved.
 
     Args:
-        model: changed in place.
+        model: changed in place; on the meta device it gets its layout only.
         kind: a key of `options.QUANTIZE`.
         progress: progress bar on stderr.
 
@@ -60,7 +60,8 @@ class Quantized:
         bar = tqdm(layers.values(), desc=f"rounding to {kind}", unit="layer", disable=not progress)
         with torch.no_grad():
             for module in bar:
-                _round(ct, module)
+                if not module.weight.is_meta:  # else `shards` rounds each as it is read
+                    _round(ct, module)
 
     def described(self) -> dict[str, Any]:
         """What was done, JSON-able."""
@@ -74,9 +75,7 @@ class Quantized:
         compressor = ct.ModelCompressor.from_pretrained_model(self.model)
         for module in self.model.modules():
             if getattr(module, "quantization_scheme", None) is not None:
-                # the library divides in the weight's own dtype: bf16 would miss codes by one
-                module.weight.data = module.weight.data.float()
-                ct.compress_module(module)
+                _compress(ct, module)
         compressor.quantization_config.quantization_status = ct.QuantizationStatus.COMPRESSED
         self.model.save_pretrained(folder)
         compressor.update_config(str(folder))
@@ -161,6 +160,13 @@ def _round(ct: Any, module: Any) -> None:
     )
     weight.data.copy_(rounded)
     ct.disable_quantization(module)  # activations stay exact until the folder is served
+
+
+def _compress(ct: Any, module: Any) -> None:
+    """Codes in place of a weight that stands on its grid."""
+    # the library divides in the weight's own dtype: bf16 would miss codes by one
+    module.weight.data = module.weight.data.float()
+    ct.compress_module(module)
 
 
 def _extremes(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
