@@ -74,6 +74,13 @@ def check_source(source: Path, *, quantize: str | None, index_only: bool) -> Non
         )
     if quantize is not None and config.get("quantization_config") is not None:
         raise FlashHeadError("the model is quantized already: convert it without --quantize")
+    if "flashhead_latent" in config:  # a kind of model of our own: its loader is strict
+        if quantize is not None:
+            raise FlashHeadError(
+                "the model's attention is latent already: convert its base with --attention latent "
+                "and --quantize at once"
+            )
+        return
     from flashhead.integrations.skeleton import require_causal
 
     require_causal(source)
