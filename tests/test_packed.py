@@ -66,6 +66,20 @@ def test_the_products_are_those_of_the_unpacked_weight(dtype, rows, columns, gro
         assert bool(((found.double() - truth).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+def test_tensors_that_are_not_aligned(tokens):
+    """torch's 8-bit product reads aligned addresses: a mapped file or a slice crashed the process."""
+    torch.manual_seed(0)
+    codes = torch.randint(-128, 128, (48 * 64 + 1,), dtype=torch.int8)[1:].view(48, 64)
+    scales, x = torch.rand(49).bfloat16()[1:], torch.randn(tokens * 64 + 3).bfloat16()[3:]
+    layer, x = Int8Linear(codes, scales, None), x.view(tokens, 64)
+    truth = x.double() @ codes.double().T * scales.double()
+    assert (layer(x).double() - truth).abs().max() <= 2**-7 * truth.abs().max()
+    four = Int4Linear(codes.clamp(-8, 7), torch.ones(48, 2).bfloat16(), None)
+    truth = x.double() @ codes.clamp(-8, 7).double().T
+    assert (four(x).double() - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+
 def test_shapes_without_a_product_are_an_error():
     assert int4_suits(16, 64, 1)
     assert not int4_suits(24, 64, 1)

@@ -13,6 +13,8 @@ INT4_GROUPS = (32, 64, 128, 256)
 """Weights that may share a scale, as torch's product takes them."""
 INT4_ROWS = 16
 """Its outputs come in multiples of this."""
+ALIGNED_BYTES = 64
+"""Where the 8-bit product reads from addresses that are no multiple of this, it may crash."""
 
 
 class Int4Linear(nn.Module):
@@ -65,13 +67,16 @@ class Int8Linear(nn.Module):
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
-        self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("scales", scales.contiguous())
+        # copies, for a tensor mapped from a file lies anywhere
+        self.register_buffer("codes", codes.clone(memory_format=torch.contiguous_format))
+        self.register_buffer("scales", scales.clone(memory_format=torch.contiguous_format))
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`, in the dtype of x."""
         flat = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling() or flat.data_ptr() % ALIGNED_BYTES:
+            flat = flat.clone(memory_format=torch.contiguous_format)
         y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, self.scales.to(flat.dtype))
         return _finished(y, x, self.bias)
 
