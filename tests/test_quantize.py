@@ -1,6 +1,7 @@
 """Quantized variants: what is written is what was rounded, and the head still finds its winners."""
 
 import builtins
+import copy
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from flashhead.integrations.transformers import head_of, load_dense, load_tokeni
 from flashhead.models import resolve
 from flashhead.options import QUANTIZE
 
+NAME = "model.layers.1.mlp.up_proj"
 TEXT = "The river was higher than anyone had seen it, and the bridge had been closed since noon."
 
 
@@ -169,3 +171,82 @@ def test_loading_without_the_library_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{module}.is_compressed_tensors_available", lambda: False)
     with pytest.raises(FlashHeadError, match=r"pip install 'flashhead\[quantize\]'"):
         load_dense(str(tmp_path))
+
+
+def learned(steps: int = 60) -> tuple[LlamaForCausalLM, list[torch.Tensor]]:
+    """A tiny model that has learned a simple language (each word names the next), and its text."""
+    model = tiny()
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(3)) + 3
+    starts = torch.randint(0, 512, (96, 1), generator=torch.Generator().manual_seed(4))
+    text = order[(starts * 7 + torch.arange(48) * (starts % 5 + 1)) % 512]
+    optimizer = torch.optim.AdamW(model.float().parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = text[step % 4 * 16 : step % 4 * 16 + 16]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.bfloat16().eval(), list(text)
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, truth: torch.Tensor, text: torch.Tensor) -> float:
+    found = model(input_ids=text).logits.float().log_softmax(-1)
+    return float((truth.exp() * (truth - found)).sum(-1).mean())
+
+
+def test_calibration_rounds_better_than_to_nearest(tmp_path):
+    """GPTQ runs, keeps the head, and costs less on other text than rounding to nearest does."""
+    model, text = learned()
+    model.save_pretrained(tmp_path / "learned")  # the library wants a model with a place
+    model = load_dense(str(tmp_path / "learned"))
+    before = linear_weights(model)
+    held_out = torch.stack(text[64:])
+    with torch.no_grad():
+        truth = model(input_ids=held_out).logits.float().log_softmax(-1)
+    nearest = copy.deepcopy(model)
+    Quantized(nearest, "w4a16", progress=False)
+    quantized = Quantized(model, "w4a16", progress=False, windows=text[:64])
+    assert quantized.described()["method"] == "GPTQ"
+    rounded = linear_weights(model)
+    assert torch.equal(rounded["lm_head"], before["lm_head"])
+    assert not torch.equal(rounded[NAME], linear_weights(nearest)[NAME])
+    assert divergence(model, truth, held_out) < divergence(nearest, truth, held_out)
+    out = tmp_path / "out"
+    out.mkdir()
+    quantized.save(out)
+    loaded = load_dense(str(out))
+    for name, weight in linear_weights(loaded).items():
+        assert torch.equal(weight, rounded[name]), name
+    packed = load_dense(str(out), packed=True)
+    assert type(packed.get_submodule(NAME)).__name__ == "Int4Linear"
+
+
+def test_calibration_that_cannot_be_used_is_refused():
+    with pytest.raises(FlashHeadError, match=r"40 tokens: wanted 1,024 or more"):
+        Quantized(tiny(), "w4a16", progress=False, windows=[torch.arange(40)])
+    with pytest.raises(FlashHeadError, match=r"quantize='fp8' with calibration"):
+        Quantized(tiny(), "fp8", progress=False, windows=[torch.arange(2000)])
+
+
+def test_converting_with_a_text(tiny_folder, tmp_path):
+    """The files go through `convert` into the card, and a text without a use is an error."""
+    text, out = tmp_path / "words.txt", tmp_path / "out"
+    words = torch.randint(3, 515, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    text.write_text(" ".join(f"w{word}" for word in words))
+    folder = tmp_path / "wide"
+    tiny(tie_word_embeddings=True).save_pretrained(folder)
+    load_tokenizer(tiny_folder).save_pretrained(folder)
+    with pytest.raises(FlashHeadError, match="calibration without quantize"):
+        convert(str(folder), out, calibration=[text], progress=False)
+    short = tmp_path / "short.txt"
+    short.write_text("w5 w6 w7")
+    settings = {"quantize": "w4a16", "head": "dense", "progress": False}
+    with pytest.raises(FlashHeadError, match="wanted 1,024 or more"):
+        convert(str(folder), out, calibration=[short], **settings)
+    assert not out.exists()
+    assert list(tmp_path.glob(".out*")) == []
+    report = convert(str(folder), out, calibration=[text], **settings)
+    assert report["quantize"]["method"] == "GPTQ"
+    assert load_dense(str(out)).config.tie_word_embeddings
+    assert "words.txt" in (out / "README.md").read_text()

@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flashhead.cli.arguments import HEADS, MODEL_HELP, Parser, add_head, command, index_options
+from flashhead.cli.arguments import (
+    HEADS,
+    MODEL_HELP,
+    Parser,
+    add_head,
+    command,
+    existing_file,
+    index_options,
+)
 from flashhead.cli.convert_latent import add_latent, latent_options, print_latent
 from flashhead.errors import FlashHeadError
 from flashhead.options import QUANTIZE
@@ -32,8 +40,17 @@ def add_parser(subparsers: Any) -> None:
         "--quantize",
         choices=["none", *QUANTIZE],
         default="none",
-        help="round the linear layers to nearest, in compressed-tensors' layout; the head stays "
+        help="round the linear layers, in compressed-tensors' layout; the head stays "
         "(default: none)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=existing_file,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text (.txt, .jsonl) to round with, by GPTQ, and to make attention latent with "
+        "(default: round to nearest; latents by text that the model samples)",
     )
     parser.add_argument(
         "--index-only", action="store_true", help="write the index without the model's weights"
@@ -51,6 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None:
         require_new(args.out)
     attention = latent_options(args)
+    if args.calibration and attention is None and args.quantize == "none":
+        raise FlashHeadError("--calibration: wanted --quantize or --attention latent with it")
     from flashhead.cli import session
     from flashhead.convert.head import convert
 
@@ -64,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         index_only=args.index_only,
         quantize=quantize,
         attention=attention,
+        calibration=() if quantize is None else args.calibration,
         **options,
     )
     _print_written(report)
@@ -90,7 +110,7 @@ def _print_written(report: dict[str, Any]) -> None:
         group = "a row" if done["group_size"] is None else f"{done['group_size']} weights"
         whole = "folder" if report["parameters"] is None else "folder with its index"
         print(
-            f"{done['layers']} layers rounded to {done['kind']}, a scale for {group}: "
+            f"{done['layers']} layers in {done['kind']} ({done['method']}), a scale for {group}: "
             f"{report['model_bytes'] / 1e6:.0f} MB of weights became a {whole} of "
             f"{report['folder_bytes'] / 1e6:.0f} MB"
         )

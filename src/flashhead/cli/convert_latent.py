@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from flashhead.cli.arguments import Parser, existing_file, integer, real
+from flashhead.cli.arguments import Parser, integer, real
 from flashhead.errors import FlashHeadError
 
 _OWN = {
@@ -11,7 +11,6 @@ _OWN = {
     "kv_dtype": "--kv-dtype",
     "rotary": "--rotary",
     "ranks": "--ranks",
-    "calibration": "--calibration",
     "calibration_tokens": "--calibration-tokens",
 }
 """Argument: its flag."""
@@ -48,13 +47,6 @@ def add_latent(parser: Parser) -> None:
         choices=("budget", "uniform"),
         help="budget: layers compete for the numbers; uniform: all alike (default: budget)",
     )
-    group.add_argument(
-        "--calibration",
-        type=existing_file,
-        nargs="+",
-        metavar="FILE",
-        help="text, .txt or .jsonl (default: text that the model samples)",
-    )
     group.add_argument("--calibration-tokens", type=integer(256), metavar="N", help="default: 8192")
 
 
@@ -71,8 +63,8 @@ def latent_options(args: argparse.Namespace) -> Any:
         return None
     if args.index_only:
         raise FlashHeadError("--index-only: latent attention changes the weights")
-    if "calibration" in given:
-        given["calibration"] = tuple(given["calibration"])
+    if args.calibration:
+        given["calibration"] = tuple(args.calibration)
     from flashhead.options_latent import LatentOptions
 
     return LatentOptions(**given)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from flashhead.index.choose import Expectation
 
 HEADS = ("codes", "clusters", "dense")
+CALIBRATION_TOKENS = 65_536
+"""Of calibration text, at most; in windows of 512."""
 _log = logging.getLogger("flashhead")
 
 
@@ -47,6 +50,7 @@ class Job:
     index_only: bool
     quantize: str | None
     attention: LatentOptions | None
+    calibration: tuple[Path, ...]
     options: dict[str, Any]
 
 
@@ -60,6 +64,7 @@ def convert(
     index_only: bool = False,
     quantize: str | None = None,
     attention: LatentOptions | None = None,
+    calibration: Sequence[Path] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Write a folder that holds the model, its tokenizer and an index of its head.
@@ -75,6 +80,7 @@ def convert(
         trust_remote_code: run Python code that the model's folder brings.
         index_only: write the index and its `flashhead` section alone, without weights.
         quantize: a layout for the linear layers (`options.QUANTIZE`), or None; the head stays.
+        calibration: text files to round with (GPTQ); none: to nearest.
         attention: make attention latent (`convert.latent`) before all else; None: leave it.
         options: fields of `CodesOptions` or `ClustersOptions`.
 
@@ -96,8 +102,16 @@ def convert(
     if out is None:
         out = default_name(model, source, head=head, quantize=quantize, index_only=index_only)
     out = Path(out)
-    job = Job(source, head, progress, trust_remote_code, index_only, quantize, attention, options)
+    files = tuple(Path(file) for file in calibration)
+    if files and quantize is None:
+        raise FlashHeadError("calibration without quantize: an index samples its own text")
+    if files and source.suffix == ".gguf":
+        raise FlashHeadError("calibration of a GGUF file: GPTQ wants a folder of safetensors")
+    job = Job(
+        source, head, progress, trust_remote_code, index_only, quantize, attention, files, options
+    )
     asked = dataclasses.asdict(job)
+    asked["calibration"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime) for f in files]
     del asked["source"], asked["progress"]
     with told_if_full(out), Workspace(out, fingerprint(source, asked), progress) as work:
         report = _by_shards(job, work) or _in_memory(job, work)
@@ -106,8 +120,8 @@ def convert(
             write_card(work.folder, facts_of(work.folder, str(source), report, out.name))
             write_checksums(work.folder)
         work.publish()
-    files = [file for file in out.rglob("*") if file.is_file()]
-    report["folder_bytes"] = sum(file.stat().st_size for file in files)
+    written = [file for file in out.rglob("*") if file.is_file()]
+    report["folder_bytes"] = sum(file.stat().st_size for file in written)
     return {"out": str(out), **report, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -116,7 +130,7 @@ def _by_shards(job: Job, work: Workspace) -> dict[str, Any] | None:
     from flashhead.convert.shards import plan_shards
     from flashhead.integrations.transformers import load_dense, load_tokenizer
 
-    if job.quantize is None or job.attention is not None:
+    if job.quantize is None or job.attention is not None or job.calibration:
         return None
     plan = plan_shards(job.source, job.quantize)
     if isinstance(plan, str):
@@ -159,14 +173,15 @@ def _in_memory(job: Job, work: Workspace) -> dict[str, Any]:
         from flashhead.convert.quantize import Quantized
 
         # before the index is built: its hidden states are those of the model that is served
-        quantized = Quantized(loaded, job.quantize, progress=job.progress)
+        windows = _calibration(job, tokenizer) if job.calibration else None
+        quantized = Quantized(loaded, job.quantize, progress=job.progress, windows=windows)
     head = loaded.get_output_embeddings().weight
     report = {
         "head": job.head,
         "head_bytes": head.numel() * head.element_size(),
         "model_bytes": weights,
         "latent": latent,
-        "quantize": None if quantized is None else quantized.described(),
+        "quantize": None if quantized is None else _described(quantized, job),
         "by_shards": False,
     }
     built = None if job.head == "dense" else _index(job, loaded)
@@ -180,6 +195,21 @@ def _in_memory(job: Job, work: Workspace) -> dict[str, Any]:
         tokenizer.save_pretrained(work.folder)
         mark_latent(loaded, work.folder)
     return report | (_no_index() if built is None else _write_index(*built, work.folder))
+
+
+def _calibration(job: Job, tokenizer: Any) -> list[Any]:
+    """Token windows of the calibration files."""
+    from flashhead.integrations.latent_text import file_windows
+
+    return file_windows(job.calibration, tokenizer, CALIBRATION_TOKENS, seed=0)
+
+
+def _described(quantized: Any, job: Job) -> dict[str, Any]:
+    done: dict[str, Any] = quantized.described()
+    if job.calibration:
+        names = ", ".join(path.name for path in job.calibration)
+        done["calibration"] = f"{names}, {done['calibration_tokens']:,} tokens"
+    return done
 
 
 def _index(job: Job, loaded: Any) -> tuple[Any, "Expectation | None"]:

@@ -1,8 +1,9 @@
 """Quantize a model's linear layers, in the compressed-tensors layouts that vLLM serves.
 
 Weights are rounded to nearest, by the compressed-tensors library: scales from each group's or row's
-largest weight, no calibration text. The output embedding stays as it is, for its rows are what
-FlashHead scores exactly; input embeddings, norms and biases stay too.
+largest weight; or, with calibration text, by GPTQ (`calibrated`), into the same layout. The output
+embedding stays as it is, for its rows are what FlashHead scores exactly; input embeddings, norms
+and biases stay too.
 """
 
 import types
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from flashhead.convert.calibrated import gptq, require_calibratable
 from flashhead.errors import FlashHeadError
 from flashhead.options import QUANTIZE, QUANTIZE_GROUPS
 
@@ -30,15 +32,26 @@ class Quantized:
         model: changed in place; on the meta device it gets its layout only.
         kind: a key of `options.QUANTIZE`.
         progress: progress bar on stderr.
+        windows: `int64[tokens]` each, calibration text; None: round to nearest.
 
     Raises:
-        FlashHeadError: the kind is unknown, the model is quantized already, or too much of it is
-            not in linear layers (fused experts, for example).
-        ImportError: compressed-tensors is not installed; the message names the command.
+        FlashHeadError: the kind is unknown or not one of GPTQ's, the text is too short, the model
+            is quantized already, or too much of it is not in linear layers (fused experts, say).
+        ImportError: compressed-tensors or llm-compressor is not installed; the message names the
+            command.
     """
 
-    def __init__(self, model: "PreTrainedModel", kind: str, *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        kind: str,
+        *,
+        progress: bool = True,
+        windows: list[Tensor] | None = None,
+    ) -> None:
         _require_quantizable(model, kind)
+        if windows is not None:
+            require_calibratable(kind, windows)
         ct = _library()
         head = model.get_output_embeddings()
         layers = {
@@ -52,6 +65,12 @@ class Quantized:
             scheme.weights.group_size = _group_of(layers, kind)
         self.kind, self.model = kind, model
         self.layer_count, self.group = len(layers), scheme.weights.group_size
+        self.calibration_tokens = sum(len(window) for window in windows or ())
+        if windows is not None:
+            gptq(model, scheme, ignored, windows)
+            for module in layers.values():
+                ct.disable_quantization(module)  # activations stay exact until the folder is served
+            return
         config = ct.QuantizationConfig(
             config_groups={"group_0": scheme},
             ignore=ignored,
@@ -65,7 +84,10 @@ class Quantized:
 
     def described(self) -> dict[str, Any]:
         """What was done, JSON-able."""
-        return {"kind": self.kind, "layers": self.layer_count, "group_size": self.group}
+        told = {"kind": self.kind, "layers": self.layer_count, "group_size": self.group}
+        if not self.calibration_tokens:
+            return told | {"method": "rounded to nearest"}
+        return told | {"method": "GPTQ", "calibration_tokens": self.calibration_tokens}
 
     def save(self, folder: Path) -> None:
         """Write the packed weights, config.json with `quantization_config`, and the rest; the model
