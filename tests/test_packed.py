@@ -68,7 +68,7 @@ def test_the_products_are_those_of_the_unpacked_weight(dtype, rows, columns, gro
 
 @pytest.mark.parametrize("tokens", [1, 17, 300])
 def test_tensors_that_are_not_aligned(tokens):
-    """torch's 8-bit product reads aligned addresses: a mapped file or a slice crashed the process."""
+    """torch's 8-bit product reads aligned addresses: a mapped file or a slice crashed it."""
     torch.manual_seed(0)
     codes = torch.randint(-128, 128, (48 * 64 + 1,), dtype=torch.int8)[1:].view(48, 64)
     scales, x = torch.rand(49).bfloat16()[1:], torch.randn(tokens * 64 + 3).bfloat16()[3:]
