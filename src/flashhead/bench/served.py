@@ -153,14 +153,32 @@ class _Engine:
     def ask(self, question: str) -> dict[str, Any]:
         """Let it run until it has answered."""
         os.killpg(self.group, signal.SIGCONT)
-        self.pipe.send_bytes(question.encode())
+        self.send(question)
         return self.answer()
+
+    def send(self, message: str) -> None:
+        """Say something; `_EngineEndedError` if nobody hears it."""
+        try:
+            self.pipe.send_bytes(message.encode())
+        except ConnectionError as error:
+            raise _EngineEndedError(self) from error
 
     def answer(self) -> dict[str, Any]:
         """Wait for an answer, then stop it."""
-        answer: dict[str, Any] = json.loads(self.pipe.recv_bytes())
+        try:
+            answer: dict[str, Any] = json.loads(self.pipe.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            raise _EngineEndedError(self) from error
         os.killpg(self.group, signal.SIGSTOP)
         return answer
+
+
+class _EngineEndedError(Exception):
+    """An engine's process is gone, or going."""
+
+    def __init__(self, engine: _Engine) -> None:
+        super().__init__("the engine ended")
+        self.engine = engine
 
 
 @contextlib.contextmanager
@@ -180,14 +198,15 @@ def _engine(side: str, job: dict[str, Any]) -> Iterator[_Engine]:
         )
         theirs.close()
         print(f"loading the {side} engine ...", file=sys.stderr, flush=True)
+        engine = _Engine(ours, child.pid)
         try:
-            ours.send_bytes(json.dumps(job).encode())
-            yield _Engine(ours, child.pid)
-        except (EOFError, ConnectionError) as error:
+            engine.send(json.dumps(job))
+            yield engine
+        except _EngineEndedError as error:
+            if error.engine is not engine:
+                raise
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(2)
-            if child.returncode is None:
-                raise  # the other engine's
+                child.wait(20)  # its workers end first, and the log is whole
             log.seek(0)
             raise FlashHeadError(f"the {side} engine ended: {_cause(log.read())}") from error
         finally:
