@@ -20,7 +20,7 @@ from flashhead.evaluate.text import read_documents, token_windows
 from flashhead.integrations.latent_cache import LatentCache, RoundedCache
 from flashhead.integrations.latent_model import serve_latents
 from flashhead.integrations.latent_roles import find_attention
-from flashhead.integrations.latent_text import file_windows, sample_windows
+from flashhead.integrations.latent_text import file_windows, sample_documents
 from flashhead.integrations.transformers import load_dense, load_tokenizer
 from flashhead.models import resolve
 from flashhead.nn.token_store import StoreOptions
@@ -61,7 +61,7 @@ def main():
     if args.calibration:
         windows = file_windows(tuple(args.calibration), tokenizer, args.calibration_tokens, 0)
     else:
-        windows = sample_windows(load_dense(source), args.calibration_tokens, 0)
+        windows = sample_documents(load_dense(source), args.calibration_tokens, 0)
     statistics = statistics_of(model, find_attention(model), windows)
     settings = {"decode_share": 0.0, "rows": 8}
     base = measure(model, text, lambda: RoundedCache(model.config, StoreOptions()), **settings)

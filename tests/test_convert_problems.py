@@ -75,8 +75,8 @@ def test_a_disk_that_fills_up(source, capsys, monkeypatch, text):
     assert len(calls) == 2
 
 
-def test_the_writer_of_weights_says_that_the_disk_is_full(source, capsys, monkeypatch):
-    """Catches a text of safetensors that is not the one that is looked for."""
+def test_a_write_to_a_full_device_is_one_line(source, capsys, monkeypatch):
+    """Catches a full disk that is told by a traceback (written by Python, not by safetensors)."""
     monkeypatch.setattr(
         "flashhead.convert.shards.save_file", lambda *a: Path("/dev/full").write_bytes(b"x" * 9999)
     )

@@ -86,7 +86,7 @@ def sample_many(
     teacher: "PreTrainedModel", tokens: int, seed: int, seconds: float | None, progress: bool
 ) -> list[Tensor]:
     """Batches of sampled text until there are enough tokens, or until the time is over."""
-    from flashhead.integrations.latent_text import SAMPLED_TOKENS, sample_windows
+    from flashhead.integrations.latent_text import SAMPLED_TOKENS, sample_documents
 
     rows = SAMPLED_ROWS[teacher.device.type]
     started, windows, got, batch = time.perf_counter(), list[Tensor](), 0, 0
@@ -96,7 +96,7 @@ def sample_many(
         if seconds is not None and batch and spent + spent / batch > seconds:
             break
         wanted = min(rows * SAMPLED_TOKENS, max(SAMPLED_TOKENS, tokens - got))
-        new = sample_windows(teacher, wanted, seed + batch, batch=rows, progress=progress)
+        new = sample_documents(teacher, wanted, seed + batch, batch=rows, progress=progress)
         windows += new
         got += sum(len(window) for window in new)
         batch += 1

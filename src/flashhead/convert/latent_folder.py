@@ -24,7 +24,7 @@ def convert_attention(
     """
     from flashhead.convert.latent import make_latent
     from flashhead.integrations.latent_model import serve_latents
-    from flashhead.integrations.latent_text import file_windows, sample_windows
+    from flashhead.integrations.latent_text import file_windows, sample_documents
     from flashhead.nn.token_store import StoreOptions
 
     if getattr(model.config, "quantization_config", None) is not None:
@@ -35,7 +35,9 @@ def convert_attention(
         )
         named: Any = [path.name for path in options.calibration]
     else:
-        windows = sample_windows(model, options.calibration_tokens, options.seed, progress=progress)
+        windows = sample_documents(
+            model, options.calibration_tokens, options.seed, progress=progress
+        )
         named = "sampled"
     report = make_latent(model, options, windows, progress=progress)
     serve_latents(model, StoreOptions(options.kv_dtype))

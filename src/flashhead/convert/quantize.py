@@ -52,7 +52,7 @@ class Quantized:
         _require_quantizable(model, kind)
         if windows is not None:
             require_calibratable(kind, windows)
-        ct = _library()
+        ct = library()
         head = model.get_output_embeddings()
         layers = {
             name: module
@@ -80,7 +80,7 @@ class Quantized:
         with torch.no_grad():
             for module in bar:
                 if not module.weight.is_meta:  # else `shards` rounds each as it is read
-                    _round(ct, module)
+                    round_layer(ct, module)
 
     def described(self) -> dict[str, Any]:
         """What was done, JSON-able."""
@@ -93,17 +93,17 @@ class Quantized:
         """Write the packed weights, config.json with `quantization_config`, and the rest; the model
         is not usable afterwards.
         """
-        ct = _library()
+        ct = library()
         compressor = ct.ModelCompressor.from_pretrained_model(self.model)
         for module in self.model.modules():
             if getattr(module, "quantization_scheme", None) is not None:
-                _compress(ct, module)
+                compress_layer(ct, module)
         compressor.quantization_config.quantization_status = ct.QuantizationStatus.COMPRESSED
         self.model.save_pretrained(folder)
         compressor.update_config(str(folder))
 
 
-def _library() -> Any:
+def library() -> Any:
     """compressed-tensors, as one namespace."""
     try:
         from compressed_tensors.compressors import ModelCompressor, compress_module
@@ -167,7 +167,7 @@ def _group_of(layers: dict[str, nn.Linear], kind: str) -> int:
     )
 
 
-def _round(ct: Any, module: Any) -> None:
+def round_layer(ct: Any, module: Any) -> None:
     """Scale from the largest weights, and the weight onto its grid."""
     args, weight = module.quantization_scheme.weights, module.weight
     scale, zero_point = ct.calculate_qparams(*_extremes(weight, args), args)
@@ -184,7 +184,7 @@ def _round(ct: Any, module: Any) -> None:
     ct.disable_quantization(module)  # activations stay exact until the folder is served
 
 
-def _compress(ct: Any, module: Any) -> None:
+def compress_layer(ct: Any, module: Any) -> None:
     """Codes in place of a weight that stands on its grid."""
     # the library divides in the weight's own dtype: bf16 would miss codes by one
     module.weight.data = module.weight.data.float()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flashhead.convert.files import SHARDS_FILE, SINGLE_FILE, weight_files
-from flashhead.convert.quantize import Quantized, _compress, _library, _round
+from flashhead.convert.quantize import Quantized, compress_layer, library, round_layer
 from flashhead.convert.workspace import Workspace
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.skeleton import save_configs, skeleton, stored_parameters
@@ -69,7 +69,7 @@ class Shards:
 
     def write(self, work: Workspace, progress: bool = True) -> None:
         """Write the weight files that `work` lacks, their index, and the configs."""
-        ct = _library()
+        ct = library()
         compressor = ct.ModelCompressor.from_pretrained_model(self.model)
         work.expect(len(self.files))
         sizes = {written: (self.source / read).stat().st_size for read, written in self.files}
@@ -158,8 +158,8 @@ def _packed_rows(ct: Any, layer: Any, weight: Tensor) -> dict[str, Tensor]:
             real = torch.empty(rows, *kept.shape[1:], dtype=kept.dtype)
             setattr(part, name, nn.Parameter(real, requires_grad=False))
     with torch.no_grad():
-        _round(ct, part)
-        _compress(ct, part)
+        round_layer(ct, part)
+        compress_layer(ct, part)
     return {name: p.detach().contiguous() for name, p in part.named_parameters(recurse=False)}
 
 

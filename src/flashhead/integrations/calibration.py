@@ -76,16 +76,6 @@ def _sample(model: PreTrainedModel, tokens: int, seed: int, progress: bool) -> T
     """Sequences of sampled tokens behind their first one: `int64[batch, 1 + length]`."""
     length = min(SEQUENCE_TOKENS, tokens)
     batch = -(-tokens // length)
-    start = torch.full((batch, 1), _first_token(model), device=model.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length,
-        pad_token_id=0,
-        use_cache=True,
-    )
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -94,14 +84,37 @@ def _sample(model: PreTrainedModel, tokens: int, seed: int, progress: bool) -> T
     try:
         with torch.random.fork_rng(devices=[]), bar:
             torch.manual_seed(seed)
-            ids: Tensor = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
-            )
+            ids = generate_text(model, batch, length, bar)
     finally:
         model.train(was_training)
+    return ids
+
+
+def generate_text(model: PreTrainedModel, rows: int, tokens: int, bar: Any) -> Tensor:
+    """Text at temperature 1 behind the token that a text starts with: `int64[rows, 1 + tokens]`.
+
+    Args:
+        model: in eval mode; the global random state decides.
+        rows: texts.
+        tokens: of each; what follows an end of text is of no meaning.
+        bar: a progress bar, moved by the tokens of a step.
+    """
+    start = torch.full((rows, 1), _first_token(model), device=model.device)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        use_cache=True,
+    )
+    ids: Tensor = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
+    )
     return ids
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from flashhead.evaluate.text import read_documents, token_windows
-from flashhead.integrations.calibration import _first_token, _Tick
+from flashhead.integrations.calibration import generate_text
 
 SAMPLED_TOKENS = 256
 """Tokens a sampled window."""
@@ -33,7 +33,7 @@ def file_windows(
 
 
 @torch.inference_mode()
-def sample_windows(
+def sample_documents(
     model: PreTrainedModel,
     tokens: int,
     seed: int,
@@ -66,30 +66,11 @@ def sample_windows(
             torch.manual_seed(seed)
             while left > 0:
                 rows = min(batch, left)
-                windows += _cut(_generate(model, rows, length, bar), model)
+                windows += _cut(generate_text(model, rows, length - 1, bar).cpu(), model)
                 left -= rows
     finally:
         model.train(was_training)
     return windows
-
-
-def _generate(model: PreTrainedModel, rows: int, length: int, bar: Any) -> Tensor:
-    start = torch.full((rows, 1), _first_token(model), device=model.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        pad_token_id=0,
-        use_cache=True,
-    )
-    return model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
-    ).cpu()
 
 
 def _cut(sampled: Tensor, model: PreTrainedModel) -> list[Tensor]:
