@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent_shape import ROTARY
-from flashhead.nn.token_store import KINDS
+from flashhead.ops.latent_decode.rows import KINDS
 
 RANKS = ("budget", "uniform")
 

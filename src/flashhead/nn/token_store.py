@@ -1,9 +1,8 @@
 """Vectors of tokens, kept in few bits: what a cache is made of.
 
-Coordinates are cut into groups that share one float16 scale, the group's largest magnitude. int4
-packs two codes a byte. The first and the last tokens can stay exact: attention sinks and the latest
-tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8 (e4m3) w + 2 a group; int4
-w / 2 + 2 a group.
+How a vector is coded says `ops.latent_decode.rows`. The first and the last tokens can stay exact:
+attention sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8
+(e4m3) w + 2 a group; int4 w / 2 + 2 a group.
 """
 
 import dataclasses
@@ -11,12 +10,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
-
-KINDS = ("bf16", "fp8", "int8", "int4")
-_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+from flashhead.ops.latent_decode.rows import KINDS, dequantize, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,44 +43,6 @@ class StoreOptions:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise FlashHeadError(f"{name}={value!r}: wanted 0 or a positive integer")
-
-
-def quantize(x: Tensor, options: StoreOptions) -> tuple[Tensor, Tensor]:
-    """Codes and scales.
-
-    Args:
-        x: floating `[..., width]`.
-        options: with a kind other than bf16.
-
-    Returns:
-        codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up
-        to whole groups; scales float16 `[..., groups]`.
-    """
-    width, group = x.shape[-1], min(options.group, x.shape[-1] + x.shape[-1] % 2)
-    x = functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
-    largest = _LARGEST[options.kind]
-    scale = (x.abs().amax(-1) / largest).clamp(2**-24, 65504).half()
-    x = (x / scale[..., None].float()).clamp(-largest, largest).flatten(-2)
-    if options.kind == "fp8":
-        # bytes: few operations know float8
-        return x.to(torch.float8_e4m3fn).view(torch.uint8), scale
-    codes = x.round()
-    if options.kind == "int8":
-        return codes.to(torch.int8), scale
-    nibbles = (codes + 8).to(torch.uint8)
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4), scale
-
-
-def dequantize(codes: Tensor, scale: Tensor, width: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """The way back: `[..., width]`."""
-    if kind == "int4":
-        pair = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-        values = pair.float() - 8
-    else:
-        values = (codes.view(torch.float8_e4m3fn) if kind == "fp8" else codes).float()
-    groups = scale.shape[-1]
-    values = values.unflatten(-1, (groups, -1)) * scale[..., None].float()
-    return values.flatten(-2)[..., :width].to(dtype)
 
 
 class TokenStore:
@@ -192,12 +150,13 @@ class TokenStore:
         empty = x[:, :0].clone()
         codes, scale = empty[..., :0], empty[..., :0]
         if self.options.kind != "bf16":
-            codes, scale = quantize(empty, self.options)
+            codes, scale = quantize(empty, self.options.kind, self.options.group)
         self.parts = {"first": empty, "codes": codes, "scale": scale, "last": empty}
         self.width = x.shape[-1]
 
     def _code(self, x: Tensor) -> None:
-        for name, new in zip(("codes", "scale"), quantize(x, self.options), strict=True):
+        coded = quantize(x, self.options.kind, self.options.group)
+        for name, new in zip(("codes", "scale"), coded, strict=True):
             self.parts[name] = torch.cat((self.parts[name], new), 1)
 
 
