@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from flashhead.errors import FlashHeadError
 from flashhead.ops.latent_decode import api, reference, triton_launch
+from flashhead.ops.latent_decode.blocks import MOST_SPLITS, Blocks, choose_splits
 from flashhead.ops.latent_decode.rows import KINDS, Rows
-from flashhead.ops.latent_decode.triton_launch import Blocks
 
 DEVICE = "cpu" if triton_launch.IS_INTERPRETED else "cuda"
 IMPLS = ["triton"] if DEVICE == "cuda" else ["reference", "cpu", "triton"]
@@ -218,8 +218,8 @@ def test_every_cut_gives_the_same(blocks):
 )
 def test_choice_of_splits(programs, tiles, multiprocessors):
     """A card that stands still although there is work; splits without tokens."""
-    splits = triton_launch.choose_splits(programs, tiles, multiprocessors)
-    assert 1 <= splits <= min(tiles, triton_launch.MOST_SPLITS)
+    splits = choose_splits(programs, tiles, multiprocessors)
+    assert 1 <= splits <= min(tiles, MOST_SPLITS)
     rounds = -(-programs * splits // multiprocessors)
     assert rounds * (-(-tiles // splits) + 2) <= -(-programs // multiprocessors) * (tiles + 2)
 
@@ -272,6 +272,58 @@ def test_groups_that_no_kernel_has():
     query, latent, rotary, lengths = problem([4], 2, 96, 0, "int8", group=24)
     with pytest.raises(FlashHeadError, match="groups of 24"):
         api.latent_decode(query, latent, lengths, scale=1.0, rotary=rotary, impl="triton")
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope"), [(4, 64, 16), (20, 192, 0), (32, 1024, 64), (128, 512, 128)]
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_hopper(kind, heads, rank, rope, splits):
+    """A word or scale of another place, a buffer overwritten while it is read, a chunk's padding
+    that counts; one row's NaN in another.
+    """
+    given = problem([700, 0, 33, 64, 65, 1], heads, rank, rope, kind, dtype=HALF, group=64)
+    check(*given, rank**-0.5, "triton", Blocks(hopper=True, splits=splits))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_hopper_sees_what_it_should(kind, size):
+    """Blocks of another row, a window's or a mask's tokens read, a bias of another head."""
+    query, latent, rotary, lengths = problem([300, 0, 33], 20, 256, 64, kind, group=64)
+    paged, table = in_pages(latent, rotary, lengths, size)
+    bias = normal(3, 20, table.shape[1] * size, seed=5)
+    bias[..., ::7] = -torch.inf
+    seen = {"table": table, "bias": bias, "starts": ints([129, 0, 5])}
+    check(query, *paged, lengths, 0.06, "triton", Blocks(hopper=True, splits=2), **seen)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_hopper_is_the_same_every_time():
+    """A race: the same numbers, another result."""
+    given = problem([8192, 4000], 32, 1024, 64)
+    call = {"scale": 0.03, "rotary": given[2], "blocks": Blocks(hopper=True)}
+    first = api.latent_decode(given[0], given[1], given[3], **call)[0]
+    for _ in range(50):
+        assert torch.equal(first, api.latent_decode(given[0], given[1], given[3], **call)[0])
+
+
+def test_hopper_where_it_cannot_run():
+    """Another kernel instead of the one asked for."""
+    query, latent, rotary, lengths = problem([4], 2, 32, 16, "int8", "int8")
+    with pytest.raises(FlashHeadError, match=r"blocks\.hopper"):
+        api.latent_decode(query, latent, lengths, scale=1.0, rotary=rotary, impl="triton",
+                          blocks=Blocks(hopper=True))  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -14,17 +14,14 @@ an error.
 """
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
 from flashhead.ops.latent_decode import cpu, reference
+from flashhead.ops.latent_decode.blocks import Blocks
 from flashhead.ops.latent_decode.rows import Rows
-
-if TYPE_CHECKING:
-    from flashhead.ops.latent_decode.triton_launch import Blocks
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 MOST_RANK, MOST_ROTARY, MOST_HEADS = 1024, 128, 256
@@ -44,7 +41,7 @@ def latent_decode(
     bias: Tensor | None = None,
     longest: int | None = None,
     impl: str = "auto",
-    blocks: "Blocks | None" = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over the first `lengths` tokens of each row.
 
@@ -94,7 +91,7 @@ def latent_decode(
             bias,
             scale,
             room if longest is None else longest,
-            blocks or triton_launch.Blocks(),
+            blocks or Blocks(),
         )
     if chosen == "cpu":
         return cpu.latent_decode(query, latent, rotary, lengths, table, starts, bias, scale)

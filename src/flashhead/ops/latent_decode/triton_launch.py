@@ -1,10 +1,10 @@
-"""Launches the kernels of `triton`: what is cut into how many pieces.
+"""Launches the kernels of `triton` and `hopper`.
 
-The number of splits follows from the batch and the longest row that the caller allows, never from
-lengths on the device, so a launch can be captured in a CUDA graph and waits for nothing.
+Nothing depends on lengths on the device, so a launch can be captured in a CUDA graph and waits for
+nothing (`blocks`).
 """
 
-import dataclasses
+import contextlib
 import functools
 from typing import Any
 
@@ -13,65 +13,20 @@ import triton
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
+from flashhead.ops.latent_decode import hopper_launch
+from flashhead.ops.latent_decode.blocks import (
+    SHARED_BYTES,
+    Blocks,
+    Cut,
+    block_heads,
+    choose_cut,
+)
 from flashhead.ops.latent_decode.rows import Rows
 from flashhead.ops.latent_decode.triton import _merge_kernel, _split_kernel
 
 IS_INTERPRETED = not isinstance(_split_kernel, triton.JITFunction)
-MOST_SPLITS = 256
 MERGE_R, MERGE_S = 256, 8
 """Numbers and splits that a step of the merge holds."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the work is cut up; None: chosen from the shape.
-
-    Args:
-        tokens: of a tile, 16 or more.
-        heads: of a program, 16 or more.
-        splits: of each row's tokens.
-        warps: of a program.
-        stages: tiles that are on their way at once.
-        fast: nibbles are widened four bytes at once, in assembly of NVIDIA's GPUs.
-    """
-
-    tokens: int | None = None
-    heads: int | None = None
-    splits: int | None = None
-    warps: int | None = None
-    stages: int | None = None
-    fast: bool | None = None
-
-
-def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:
-    """Splits that finish first: rounds of all multiprocessors, times tiles of each and 2 for
-    starting and merging; of equal ones the fewest.
-    """
-    most = max(1, min(tiles, MOST_SPLITS))
-
-    def cost(splits: int) -> int:
-        rounds = -(-programs * splits // multiprocessors)
-        return rounds * (-(-tiles // splits) + 2)
-
-    return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
-
-
-def complete(blocks: Blocks, latent: Rows, batch: int, heads: int, longest: int) -> Blocks:
-    """Blocks with every choice made."""
-    rank = triton.next_power_of_2(max(16, latent.width))
-    own = blocks.heads or max(16, min(32 if rank > 512 else 64, triton.next_power_of_2(heads)))
-    tokens = blocks.tokens or (32 if rank > 512 else 64)
-    programs = batch * -(-heads // own)
-    tiles = max(1, -(-longest // tokens))
-    device = latent.codes.device
-    return Blocks(
-        tokens,
-        own,
-        blocks.splits or choose_splits(programs, tiles, _multiprocessors(device)),
-        blocks.warps or (8 if rank * own >= 16384 else 4),
-        blocks.stages or 2,
-        _has_assembly(device) if blocks.fast is None else blocks.fast,
-    )
 
 
 def latent_decode(
@@ -89,10 +44,10 @@ def latent_decode(
     """As `api.latent_decode`, whose checks have been made."""
     require_one_gpu(query, latent, rotary, lengths, table, starts, bias)
     batch, heads = query.shape[:2]
-    chosen = complete(blocks, latent, batch, heads, longest)
-    splits = chosen.splits
-    assert splits is not None
-    assert chosen.heads is not None
+    unfit = hopper_launch.unfit(query, latent, rotary, block_heads(blocks, latent.width, heads))
+    rope, device = 0 if rotary is None else rotary.width, _device(query.device)
+    cut = choose_cut(blocks, latent.width, rope, batch, heads, longest, unfit, *device[:3])
+    splits = cut.splits
     out = query.new_empty(batch, heads, latent.width)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
     if batch == 0 or heads == 0:
@@ -101,43 +56,11 @@ def latent_decode(
     if splits > 1:
         partial = query.new_empty(batch, splits, heads, latent.width, dtype=torch.float32)
         partial_lse = query.new_empty(batch, splits, heads, dtype=torch.float32)
-    grid = (-(-heads // chosen.heads), splits, batch)
-    with _on(query.device):
-        _split_kernel[grid](
-            query,
-            *_pointers(latent, query),
-            *_pointers(rotary, query),
-            query if table is None else table,
-            lengths,
-            lengths if starts is None else starts,
-            query if bias is None else bias,
-            partial,
-            partial_lse,
-            scale,
-            heads,
-            query.stride(0),
-            query.stride(1),
-            *_strides(latent, 0),
-            *_strides(rotary, 0),
-            0 if bias is None else bias.stride(0) * (bias.shape[0] > 1),
-            0 if bias is None else bias.stride(1) * (bias.shape[1] > 1),
-            0 if table is None else table.stride(0),
-            splits,
-            *_strides(latent, 1),
-            *_strides(rotary, 1),
-            PAGE=0 if table is None else latent.codes.shape[1],
-            HAS_STARTS=starts is not None,
-            HAS_BIAS=bias is not None,
-            RANK=latent.width,
-            **_sizes(latent),
-            ROTARY=0 if rotary is None else rotary.width,
-            **{f"ROTARY_{name}": value for name, value in _sizes(rotary).items()},
-            BLOCK_H=chosen.heads,
-            BLOCK_N=chosen.tokens,
-            STAGES=chosen.stages,
-            FAST=chosen.fast,
-            num_warps=chosen.warps,
-        )
+    if not device[3] and "fp8" in (latent.kind, rotary.kind if rotary else ""):
+        raise FlashHeadError("impl='triton': fp8 needs compute capability 8.9 or more")
+    given = (query, latent, rotary, lengths, table, starts, bias, scale, partial, partial_lse)
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        (hopper_launch.launch if cut.hopper else _launch)(*given, cut)
         if splits > 1:
             _merge_kernel[(-(-latent.width // MERGE_R), heads, batch)](
                 partial,
@@ -152,6 +75,57 @@ def latent_decode(
                 num_warps=4,
             )
     return out, lse
+
+
+def _launch(
+    query: Tensor,
+    latent: Rows,
+    rotary: Rows | None,
+    lengths: Tensor,
+    table: Tensor | None,
+    starts: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    cut: Cut,
+) -> None:
+    batch, heads = query.shape[:2]
+    _split_kernel[(-(-heads // cut.heads), cut.splits, batch)](
+        query,
+        *_pointers(latent, query),
+        *_pointers(rotary, query),
+        query if table is None else table,
+        lengths,
+        lengths if starts is None else starts,
+        query if bias is None else bias,
+        out,
+        lse,
+        scale,
+        heads,
+        query.stride(0),
+        query.stride(1),
+        *_strides(latent, 0),
+        *_strides(rotary, 0),
+        0 if bias is None else bias.stride(0) * (bias.shape[0] > 1),
+        0 if bias is None else bias.stride(1) * (bias.shape[1] > 1),
+        0 if table is None else table.stride(0),
+        cut.splits,
+        *_strides(latent, 1),
+        *_strides(rotary, 1),
+        PAGE=0 if table is None else latent.codes.shape[1],
+        HAS_STARTS=starts is not None,
+        HAS_BIAS=bias is not None,
+        RANK=latent.width,
+        **_sizes(latent),
+        ROTARY=0 if rotary is None else rotary.width,
+        **{f"ROTARY_{name}": value for name, value in _sizes(rotary).items()},
+        BLOCK_H=cut.heads,
+        BLOCK_N=cut.tokens,
+        STAGES=cut.stages,
+        FAST=cut.fast,
+        num_warps=cut.warps,
+    )
 
 
 def _pointers(rows: Rows | None, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,18 +171,22 @@ def require_one_gpu(*given: Any) -> None:
         raise FlashHeadError(f"impl='triton': tensors are on {got}, wanted {wanted}")
 
 
-def _has_assembly(device: torch.device) -> bool:
-    return not IS_INTERPRETED and torch.version.hip is None and device.type == "cuda"
-
-
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def _device(device: torch.device) -> tuple[int, int, bool, bool]:
+    """Multiprocessors, bytes of shared memory to plan with, whether NVIDIA's assembly runs, and
+    whether e4m3 is known.
+    """
+    multiprocessors, limit, capability = _properties(device)
+    if capability >= (10, 0):
+        limit //= 2  # Triton keeps a second, transposed copy of what both products read
+    nvidia = device.type != "cpu" and torch.version.hip is None
+    return multiprocessors, limit, nvidia, not nvidia or capability >= (8, 9)
+
+
+def _properties(device: torch.device) -> tuple[int, int, tuple[int, int]]:
+    """Multiprocessors, shared memory of a program in bytes, compute capability."""
     if device.type != "cuda":
-        return 4  # interpreted: a few splits
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device) -> Any:
-    import contextlib
-
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        return 4, SHARED_BYTES, (0, 0)  # interpreted: some splits
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    capability = torch.cuda.get_device_capability(device)
+    return found["multiprocessor_count"], found["max_shared_mem"], capability
