@@ -34,6 +34,8 @@ from flashhead.ops.latent_decode import api as latent_api
 from flashhead.ops.latent_decode import hopper_launch
 from flashhead.ops.latent_decode import triton_launch as latent_launch
 from flashhead.ops.latent_decode.blocks import Blocks
+from flashhead.ops.latent_decode.rebuilt import latent_decode_rebuilt
+from flashhead.ops.latent_decode.reference import KeyUp
 from flashhead.ops.latent_decode.rows import Rows
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
@@ -254,6 +256,44 @@ class LatentCase:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class RebuiltCase:
+    """Attention over cached latents whose keys are rebuilt.
+
+    Args:
+        heads, kv_heads, head_dim, rank: of it.
+        kind: how latents are kept.
+        page: tokens of a block; 0: the cache is not cut into blocks.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rank: int
+    kind: str = "bf16"
+    page: int = 0
+
+    def __str__(self) -> str:
+        return f"rebuilt {self.kind} {self.heads}/{self.kv_heads}x{self.head_dim} of {self.rank}"
+
+    def launch(self) -> None:
+        """Call the launcher."""
+        numbers = new(8, dtype=torch.int32)
+        table = new(8, 4096 // self.page, dtype=torch.int32) if self.page else None
+        extra = {"table": table, "starts": numbers, "bias": new(8, 1, 4096)} if self.page else {}
+        width, turned = self.kv_heads * self.head_dim, self.head_dim // 2
+        weight, constant = (new(*n, dtype=torch.bfloat16) for n in ((width, self.rank), (width,)))
+        latent_decode_rebuilt(
+            new(8, self.heads, self.head_dim, dtype=torch.bfloat16),
+            LatentCase(self.heads, self.rank, 0, page=self.page).rows(self.rank, self.kind),
+            KeyUp(weight, self.kv_heads, new(8192, turned), new(8192, turned), constant),
+            numbers,
+            scale=0.1,
+            impl="triton",
+            **extra,
+        )
+
+
 def query_case(name: str, head: tuple[int, int, Layout], states: int, **options: Any) -> CodesCase:
     """The query kernel where a program has several of 8 hidden states, as with wide heads."""
     _, d, layout = head
@@ -296,6 +336,8 @@ SMALL_CASES = [
     LatentCase(32, 512, 64),
     LatentCase(5, 96, 24, "int4", "int8", page=24),
     LatentCase(16, 192, 0, "int8"),
+    RebuiltCase(9, 3, 64, 192),
+    RebuiltCase(14, 2, 64, 128, "int4", page=16),
 ]
 """For every compute capability."""
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from flashhead.ops.cascade import triton_complete, triton_select
-from flashhead.ops.latent_decode import hopper
+from flashhead.ops.latent_decode import hopper, triton_rebuilt
 from flashhead.ops.latent_decode import triton as latent_decode
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
@@ -30,6 +30,7 @@ MODULES = (
     triton_search,
     latent_decode,
     hopper,
+    triton_rebuilt,
 )
 CAPABILITIES = ("80", "89", "90", "100")
 MISSING: dict[str, set[str]] = {"90": set(), "100": {"_scan_bits_kernel", "_hopper_kernel"}}

@@ -72,7 +72,7 @@ def latent_decode(
         FlashHeadError: shapes, dtypes or devices do not fit, or `impl` cannot run here.
     """
     room = _check(query, latent, rotary, lengths, table)
-    _check_seen(query, lengths, starts, bias, room)
+    check_seen(query, lengths, starts, bias, room)
     if longest is not None and not 0 <= longest <= room:
         raise FlashHeadError(f"longest={longest}: wanted 0 to {room}, what the cache has room for")
     chosen = resolve_impl(impl, query.device)
@@ -136,17 +136,23 @@ def _check(
     if query.dim() != 3 or query.shape[2] != width or not query.is_floating_point():
         got = f"{query.dtype}{list(query.shape)}"
         raise FlashHeadError(f"query is {got}, wanted floating [batch, heads, {width}]")
-    batch, heads = query.shape[:2]
     if query.stride(2) != 1:
         raise FlashHeadError("query: wanted its last axis contiguous")
-    limits = {"rank": (latent.width, MOST_RANK), "rotary": (rope, MOST_ROTARY)}
-    for name, (value, most) in {**limits, "heads": (heads, MOST_HEADS)}.items():
-        if value > most:
-            raise FlashHeadError(f"{name} is {value}: wanted {most} at most")
+    if rope > MOST_ROTARY:
+        raise FlashHeadError(f"rotary is {rope}: wanted {MOST_ROTARY} at most")
     if rotary is not None and rotary.codes.shape[:2] != latent.codes.shape[:2]:
         raise FlashHeadError(
             f"rotary is {list(rotary.codes.shape)}, latent {list(latent.codes.shape)}: wanted equal"
         )
+    return check_rows(query, latent, lengths, table)
+
+
+def check_rows(query: Tensor, latent: Rows, lengths: Tensor, table: Tensor | None) -> int:
+    """Tokens of a row that the cache has room for; FlashHeadError if something does not fit."""
+    batch, heads = query.shape[:2]
+    for name, value, most in (("rank", latent.width, MOST_RANK), ("heads", heads, MOST_HEADS)):
+        if value > most:
+            raise FlashHeadError(f"{name} is {value}: wanted {most} at most")
     _require_int32("lengths", lengths, (batch,))
     if table is None:
         if latent.codes.shape[0] != batch:
@@ -158,9 +164,10 @@ def _check(
     return table.shape[1] * latent.codes.shape[1]
 
 
-def _check_seen(
+def check_seen(
     query: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None, room: int
 ) -> None:
+    """Raise FlashHeadError unless `starts` and `bias` fit `room` tokens of each row."""
     if starts is not None:
         _require_int32("starts", starts, tuple(lengths.shape))
     if bias is None:

@@ -112,6 +112,54 @@ def choose_cut(
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def choose_rebuilt_cut(
+    blocks: Blocks,
+    rank: int,
+    head_dim: int,
+    share: int,
+    programs: int,
+    longest: int,
+    multiprocessors: int,
+    limit: int,
+    fast: bool,
+) -> Cut:
+    """Make the choices that `blocks` leaves open where keys are rebuilt.
+
+    Args:
+        blocks: what is given.
+        rank: numbers of a latent.
+        head_dim: numbers of a key.
+        share: query heads of a KV head.
+        programs: rows times KV heads.
+        longest: tokens of the longest row.
+        multiprocessors: of the device.
+        limit: bytes of shared memory that a program may have.
+        fast: whether the device has NVIDIA's assembly.
+
+    Raises:
+        FlashHeadError: the key projection of one head does not fit into shared memory.
+    """
+    if blocks.hopper:
+        raise FlashHeadError("blocks.hopper: it does not rebuild keys")
+    padded, dims = _power_of_two(max(16, rank)), _power_of_two(max(32, head_dim))
+    heads = blocks.heads or _power_of_two(max(16, share))
+    for tokens in [blocks.tokens] if blocks.tokens else (64, 32, 16):
+        for stages in [blocks.stages] if blocks.stages else (3, 2):
+            tiles = stages - 1 if tokens < 64 else stages
+            if 2 * padded * (dims + tiles * tokens) + 4 * tokens * dims + 8192 <= limit:
+                splits = blocks.splits or choose_splits(
+                    programs, max(1, -(-longest // tokens)), multiprocessors
+                )
+                warps = blocks.warps or (8 if padded * heads >= 16384 else 4)
+                quick = fast if blocks.fast is None else blocks.fast
+                return Cut(False, heads, splits, tokens, warps, stages, quick)
+    raise FlashHeadError(
+        f"impl='triton': keys of {head_dim} numbers from latents of {rank} take more shared memory "
+        f"than the {limit} bytes of a program"
+    )
+
+
 def block_heads(blocks: Blocks, rank: int, heads: int) -> int:
     """Heads of a program: so many sums as registers hold."""
     return blocks.heads or max(16, min(32 if rank > 512 else 64, _power_of_two(heads)))

@@ -20,11 +20,15 @@ from flashhead.ops.latent_decode.blocks import (
     Cut,
     block_heads,
     choose_cut,
+    choose_rebuilt_cut,
 )
+from flashhead.ops.latent_decode.reference import KeyUp
 from flashhead.ops.latent_decode.rows import Rows
 from flashhead.ops.latent_decode.triton import _merge_kernel, _split_kernel
+from flashhead.ops.latent_decode.triton_rebuilt import _rebuilt_kernel
 
 IS_INTERPRETED = not isinstance(_split_kernel, triton.JITFunction)
+NO_FP8 = "impl='triton': fp8 needs compute capability 8.9 or more"
 MERGE_R, MERGE_S = 256, 8
 """Numbers and splits that a step of the merge holds."""
 
@@ -47,34 +51,128 @@ def latent_decode(
     unfit = hopper_launch.unfit(query, latent, rotary, block_heads(blocks, latent.width, heads))
     rope, device = 0 if rotary is None else rotary.width, _device(query.device)
     cut = choose_cut(blocks, latent.width, rope, batch, heads, longest, unfit, *device[:3])
-    splits = cut.splits
-    out = query.new_empty(batch, heads, latent.width)
-    lse = query.new_empty(batch, heads, dtype=torch.float32)
-    if batch == 0 or heads == 0:
-        return out, lse
-    partial, partial_lse = out, lse
-    if splits > 1:
-        partial = query.new_empty(batch, splits, heads, latent.width, dtype=torch.float32)
-        partial_lse = query.new_empty(batch, splits, heads, dtype=torch.float32)
+    found = Partials(query, latent.width, cut.splits)
+    if found.empty:
+        return found.out, found.lse
     if not device[3] and "fp8" in (latent.kind, rotary.kind if rotary else ""):
-        raise FlashHeadError("impl='triton': fp8 needs compute capability 8.9 or more")
-    given = (query, latent, rotary, lengths, table, starts, bias, scale, partial, partial_lse)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        (hopper_launch.launch if cut.hopper else _launch)(*given, cut)
-        if splits > 1:
-            _merge_kernel[(-(-latent.width // MERGE_R), heads, batch)](
-                partial,
-                partial_lse,
-                out,
-                lse,
-                heads,
-                splits,
-                RANK=latent.width,
-                BLOCK_S=MERGE_S,
-                BLOCK_R=MERGE_R,
-                num_warps=4,
-            )
-    return out, lse
+        raise FlashHeadError(NO_FP8)
+    given = (query, latent, rotary, lengths, table, starts, bias, scale)
+    with on_device(query):
+        launch = hopper_launch.launch if cut.hopper else _launch
+        launch(*given, found.partial, found.partial_lse, cut)
+        found.merge()
+    return found.out, found.lse
+
+
+class Partials:
+    """What the splits of all rows and heads give, and what becomes of it.
+
+    Args:
+        query: `[batch, heads, ...]`, of the dtype that comes out.
+        rank: numbers of a latent.
+        splits: of each row; 1: nothing is merged.
+    """
+
+    def __init__(self, query: Tensor, rank: int, splits: int) -> None:
+        batch, self.heads = query.shape[:2]
+        self.batch, self.rank, self.splits = batch, rank, splits
+        self.out = query.new_empty(batch, self.heads, rank)
+        self.lse = query.new_empty(batch, self.heads, dtype=torch.float32)
+        self.empty = 0 in query.shape[:2]
+        self.partial, self.partial_lse = self.out, self.lse
+        if splits > 1 and not self.empty:
+            shape = (batch, splits, self.heads)
+            self.partial = query.new_empty(*shape, rank, dtype=torch.float32)
+            self.partial_lse = query.new_empty(shape, dtype=torch.float32)
+
+    def merge(self) -> None:
+        """Start the kernel that merges, if there is anything to merge."""
+        if self.splits == 1:
+            return
+        _merge_kernel[(-(-self.rank // MERGE_R), self.heads, self.batch)](
+            self.partial,
+            self.partial_lse,
+            self.out,
+            self.lse,
+            self.heads,
+            self.splits,
+            RANK=self.rank,
+            BLOCK_S=MERGE_S,
+            BLOCK_R=MERGE_R,
+            num_warps=4,
+        )
+
+
+def latent_decode_rebuilt(
+    query: Tensor,
+    latent: Rows,
+    up: KeyUp,
+    first_index: int,
+    lengths: Tensor,
+    table: Tensor | None,
+    starts: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    longest: int,
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor]:
+    """As `rebuilt.latent_decode_rebuilt`, whose checks have been made."""
+    require_one_gpu(query, latent, lengths, table, starts, bias, *up.tensors())
+    batch, heads, head_dim = query.shape
+    share, device = heads // up.kv_heads, _device(query.device)
+    if latent.kind == "fp8" and not device[3]:
+        raise FlashHeadError(NO_FP8)
+    cut = choose_rebuilt_cut(
+        blocks, latent.width, head_dim, share, batch * up.kv_heads, longest, *device[:3]
+    )
+    found = Partials(query, latent.width, cut.splits)
+    if found.empty:
+        return found.out, found.lse
+    turned = up.cos.shape[1]
+    fixed = head_dim - 2 * turned
+    with on_device(query):
+        _rebuilt_kernel[(up.kv_heads, cut.splits, batch)](
+            query,
+            *_pointers(latent, query),
+            up.weight,
+            query if up.constant is None else up.constant,
+            up.cos,
+            up.sin,
+            lengths if table is None else table,
+            lengths,
+            lengths if starts is None else starts,
+            query if bias is None else bias,
+            found.partial,
+            found.partial_lse,
+            scale,
+            heads,
+            query.stride(0),
+            query.stride(1),
+            *_strides(latent, 0),
+            *_bias_strides(bias),
+            0 if table is None else table.stride(0),
+            cut.splits,
+            first_index,
+            *_strides(latent, 1),
+            SHARE=share,
+            PAGE=0 if table is None else latent.codes.shape[1],
+            HAS_STARTS=starts is not None,
+            HAS_BIAS=bias is not None,
+            HAS_CONSTANT=up.constant is not None,
+            HEAD_DIM=head_dim,
+            TURNED=turned,
+            PAIRS=max(16, triton.next_power_of_2(turned)) if turned else 16,
+            FIXED=max(16, triton.next_power_of_2(fixed)) if fixed else 0,
+            RANK=latent.width,
+            **_sizes(latent),
+            BLOCK_H=cut.heads,
+            BLOCK_N=cut.tokens,
+            STAGES=cut.stages,
+            FAST=cut.fast,
+            num_warps=cut.warps,
+        )
+        found.merge()
+    return found.out, found.lse
 
 
 def _launch(
@@ -107,8 +205,7 @@ def _launch(
         query.stride(1),
         *_strides(latent, 0),
         *_strides(rotary, 0),
-        0 if bias is None else bias.stride(0) * (bias.shape[0] > 1),
-        0 if bias is None else bias.stride(1) * (bias.shape[1] > 1),
+        *_bias_strides(bias),
         0 if table is None else table.stride(0),
         cut.splits,
         *_strides(latent, 1),
@@ -138,6 +235,17 @@ def _strides(rows: Rows | None, axis: int) -> tuple[int, int]:
     if rows is None:
         return 0, 0
     return rows.codes.stride(axis), 0 if rows.scale is None else rows.scale.stride(axis)
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
+    if bias is None:
+        return 0, 0
+    return bias.stride(0) * (bias.shape[0] > 1), bias.stride(1) * (bias.shape[1] > 1)
+
+
+def on_device(query: Tensor) -> Any:
+    """Context in which kernels start where `query` is."""
+    return torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
 
 
 def _sizes(rows: Rows | None) -> dict[str, Any]:
