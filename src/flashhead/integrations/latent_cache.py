@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
 from flashhead.nn.token_store import StoreOptions, TokenStore
+from flashhead.ops.latent_decode.rows import Rows
 
 
 class StoredLayer(CacheLayerMixin):
@@ -25,15 +26,17 @@ class StoredLayer(CacheLayerMixin):
     Args:
         options: how tokens are kept.
         window: tokens that a query sees; None: all.
+        reserve: tokens that there is room for whenever memory is taken.
     """
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, options: StoreOptions, window: int | None = None) -> None:
+    def __init__(self, options: StoreOptions, window: int | None = None, reserve: int = 0) -> None:
         super().__init__()
         self.options, self.window, self.is_sliding = options, window, window is not None
-        self.stores = (TokenStore(options), TokenStore(options))
+        self.reserve = reserve
+        self.stores = (TokenStore(options, reserve), TokenStore(options, reserve))
         self.heads = (1, 1)
         self.seen, self.record_past = 0, False
 
@@ -52,16 +55,8 @@ class StoredLayer(CacheLayerMixin):
             key_states: floating `[batch, heads, tokens, width]`.
             value_states: likewise, of another width; 0 is allowed.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[2]
-        self.seen += new
+        visible = self._append(key_states, value_states)
         given = (key_states, value_states)
-        for store, x in zip(self.stores, given, strict=True):
-            if x.shape[-1]:
-                store.append(x.transpose(1, 2).flatten(2))
-        held = len(self.stores[0])
-        visible = held if self.window is None else min(held, self.window - 1 + new)
         read = [
             self._read(store, heads, visible, x)
             for store, heads, x in zip(self.stores, self.heads, given, strict=True)
@@ -69,6 +64,40 @@ class StoredLayer(CacheLayerMixin):
         if not self.record_past:
             self._trim()
         return read[0], read[1]
+
+    def append_rows(self, first: Tensor, second: Tensor) -> list[tuple[Rows, Rows | None]]:
+        """Append one vector of each stream a token, and return as they are kept all that the
+        window's query may see, one run after the other.
+
+        Args:
+            first: floating `[batch, tokens, width]`.
+            second: likewise, of another width; 0: the stream stays empty, and is None in each run.
+        """
+        held = self._append(first.unsqueeze(1), second.unsqueeze(1))
+        skip, found = len(self.stores[0]) - held, []
+        ones = self.stores[0].rows()
+        others = self.stores[1].rows() if second.shape[-1] else [None] * len(ones)
+        for own, other in zip(ones, others, strict=True):
+            tokens = own.codes.shape[1]
+            begin, skip = min(skip, tokens), max(0, skip - tokens)
+            if begin < tokens:
+                turned = None if other is None else other.between(begin, tokens)
+                found.append((own.between(begin, tokens), turned))
+        if not self.record_past:
+            self._trim()
+        return found
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> int:
+        """Append; how many of the last tokens the window's queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        self.seen += new
+        for store, x in zip(self.stores, (key_states, value_states), strict=True):
+            if x.shape[-1]:
+                store.append(x.transpose(1, 2).flatten(2))
+        held = len(self.stores[0])
+        return held if self.window is None else min(held, self.window - 1 + new)
 
     def _read(self, store: TokenStore, heads: int, visible: int, like: Tensor) -> Tensor:
         if not like.shape[-1]:
@@ -124,7 +153,10 @@ class StoredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stores = (TokenStore(self.options), TokenStore(self.options))
+        self.stores = (
+            TokenStore(self.options, self.reserve),
+            TokenStore(self.options, self.reserve),
+        )
         self.seen, self.is_initialized = 0, False
 
     def offload(self) -> None:
@@ -158,10 +190,11 @@ class StoredCache(Cache):
     Args:
         options: how tokens are kept.
         windows: one a layer; None: no window.
+        reserve: tokens that there is room for whenever memory is taken.
     """
 
-    def __init__(self, options: StoreOptions, windows: list[int | None]) -> None:
-        super().__init__(layers=[StoredLayer(options, window) for window in windows])
+    def __init__(self, options: StoreOptions, windows: list[int | None], reserve: int = 0) -> None:
+        super().__init__(layers=[StoredLayer(options, window, reserve) for window in windows])
         self.options = options
 
     def bytes_held(self) -> int:
@@ -226,18 +259,40 @@ class LatentCache(StoredCache):
     Args:
         model: whose attention modules are `LatentAttention`.
         options: how latents are kept; None: as the model's folder says, else bf16.
+        reserve: tokens that there is room for whenever memory is taken; None: 256 on a GPU, where
+            kernels read what is kept as it is, else 0.
 
     Raises:
         FlashHeadError: the model has no latent attention.
     """
 
-    def __init__(self, model: PreTrainedModel, options: StoreOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: StoreOptions | None = None,
+        reserve: int | None = None,
+    ) -> None:
         modules = [m for m in model.modules() if isinstance(m, LatentAttention)]
         if not modules:
             raise FlashHeadError("the model has no latent attention: flashhead convert makes one")
         modules.sort(key=lambda module: module.layer_idx)
         chosen = options or getattr(model, "latent_store", None) or StoreOptions()
-        super().__init__(chosen, [module.shape.window for module in modules])
+        if reserve is None:
+            reserve = 256 if modules[0].key_up.is_cuda else 0
+        super().__init__(chosen, [module.shape.window for module in modules], reserve)
+
+    def append_rows(
+        self, latent: Tensor, rotary: Tensor, layer_idx: int
+    ) -> list[tuple[Rows, Rows | None]]:
+        """Append a layer's tokens; all its query may see, as it is kept, one run after the other.
+
+        Args:
+            latent: floating `[batch, tokens, r]`.
+            rotary: floating `[batch, tokens, rotary_width]`, turned; its width may be 0.
+            layer_idx: of the layer.
+        """
+        found: list[tuple[Rows, Rows | None]] = self.layers[layer_idx].append_rows(latent, rotary)
+        return found
 
 
 class RoundedCache(StoredCache):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
+from flashhead.nn import latent_kernel
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 
@@ -66,6 +67,9 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.shape, self._table, self.layer_idx = shape, table, layer_idx
         self.mode = "auto"
+        """"absorbed" or "materialised" (eager, the specification), "kernel" (decode steps through
+        `ops.latent_decode`), or "auto": "kernel" on a GPU, else absorbed for few queries.
+        """
         d, width = shape.hidden_size, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(d, shape.heads * shape.head_dim, bias=shape.query_bias)
         self.o_proj = nn.Linear(shape.heads * shape.value_dim, d, bias=shape.output_bias)
@@ -123,6 +127,10 @@ class LatentAttention(nn.Module):
         if past_key_values is not None:
             start = past_key_values.get_seq_length(self.layer_idx)
         latent, rotary = self._turned(latent, start)
+        if latent_kernel.wanted(self, past_key_values, tokens, hidden_states.device):
+            return self._decode(
+                hidden_states, latent, rotary, attention_mask, past_key_values
+            ), None
         if past_key_values is not None:
             latent, rotary = (
                 held.squeeze(1)
@@ -152,6 +160,18 @@ class LatentAttention(nn.Module):
                 enable_gqa=self.shape.heads != self.shape.kv_heads,
             )
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    def _decode(
+        self, hidden_states: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """A decode step through `ops.latent_decode`."""
+        start = cache.get_seq_length(self.layer_idx)
+        runs = cache.append_rows(latent, rotary, self.layer_idx)
+        held = sum(own.codes.shape[1] for own, _ in runs)
+        mask = self._mask(mask, 1, held, latent.device, True)
+        query = self._query(hidden_states, start)
+        mixed = latent_kernel.attend(self, query, runs, mask, start + 1 - held)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def compress(self, hidden_states: Tensor) -> Tensor:
         """What a token leaves behind, before it turns: `[batch, tokens, rotary_width + rank]`."""
@@ -199,7 +219,7 @@ class LatentAttention(nn.Module):
             keys = self._per_head(functional.linear(latent, self.key_up, self.key_constant))
             return rotate(keys, *self.table.at(start, start + latent.shape[1], keys))
         fixed = self._per_head(functional.linear(latent, self.key_up))
-        turning = rotary.unsqueeze(1) @ self._mixes()
+        turning = rotary.unsqueeze(1) @ self.mixes()
         keys = torch.cat((turning, fixed), -1)
         return keys if self.key_constant is None else keys + self._constants(keys, start)
 
@@ -210,7 +230,7 @@ class LatentAttention(nn.Module):
         constant = self.key_constant.unflatten(0, (self.shape.kv_heads, 1, -1))
         return rotate(constant.expand(-1, len(cos), -1), cos, sin)
 
-    def _mixes(self) -> Tensor:
+    def mixes(self) -> Tensor:
         """From kept components to turning coordinates: `[kv_heads, rotary_width, rotary_dim]`."""
         heads, pairs = self.shape.kv_heads, self.shape.rotary_dim // 2
         if self.mix is None:
@@ -231,7 +251,7 @@ class LatentAttention(nn.Module):
         else:
             turning, fixed = query.split((shape.rotary_dim, shape.fixed_dim), -1)
             key_up = self.key_up.unflatten(0, groups).unsqueeze(1)
-            scores = turning @ self._mixes().unsqueeze(1).mT @ rotary[:, None, None].mT
+            scores = turning @ self.mixes().unsqueeze(1).mT @ rotary[:, None, None].mT
             scores = scores + fixed @ key_up @ latent[:, None, None].mT
             if self.key_constant is not None:
                 scores = scores + query @ self._constants(latent, start).unsqueeze(1).mT
@@ -249,10 +269,12 @@ class LatentAttention(nn.Module):
         return (mixed @ value_up.mT + constant).flatten(1, 2)
 
     def _absorbs(self, cache: TokenCache | None, tokens: int) -> bool:
-        if self.mode == "auto":
+        if self.mode in ("auto", "kernel"):
             return cache is not None and tokens <= ABSORBED_QUERIES and not self.training
         if self.mode not in ("absorbed", "materialised"):
-            raise FlashHeadError(f"mode={self.mode!r}: wanted auto, absorbed or materialised")
+            raise FlashHeadError(
+                f"mode={self.mode!r}: wanted auto, kernel, absorbed or materialised"
+            )
         return self.mode == "absorbed"
 
     def _mask(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
-from flashhead.ops.latent_decode.rows import KINDS, dequantize, quantize
+from flashhead.ops.latent_decode.rows import KINDS, Rows, dequantize, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,13 @@ class TokenStore:
 
     Args:
         options: how tokens are kept.
+        reserve: tokens that there is room for whenever memory is taken, so that not every token
+            copies all before it; counted in `bytes_held`.
     """
 
-    def __init__(self, options: StoreOptions) -> None:
-        self.options = options
+    def __init__(self, options: StoreOptions, reserve: int = 0) -> None:
+        self.options, self.reserve = options, reserve
+        self._rooms: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         """"first" and "last" (exact) `[batch, n, width]`, "codes" and "scale" between them."""
         self.width = 0
@@ -68,17 +71,14 @@ class TokenStore:
             self._start(x)
         room = max(0, self.options.exact_first - self.parts["first"].shape[1])
         if room and not self.parts["codes"].shape[1]:
-            self.parts["first"] = torch.cat((self.parts["first"], x[:, :room]), 1)
+            self._extend("first", x[:, :room])
             x = x[:, room:]
-        last = torch.cat((self.parts["last"], x), 1)
-        if self.options.kind == "bf16":
-            self.parts["last"] = last
-            return
-        full = last.shape[1] - self.options.exact_last
-        if full > 0:
+        self._extend("last", x)
+        full = self.parts["last"].shape[1] - self.options.exact_last
+        if self.options.kind != "bf16" and full > 0:
+            last = self.parts["last"]
             self._code(last[:, :full])
-            last = last[:, full:].clone()
-        self.parts["last"] = last
+            self._set("last", last[:, full:].clone())
 
     def read(self) -> Tensor:
         """All tokens: `[batch, tokens, width]` in the dtype that came in."""
@@ -95,6 +95,15 @@ class TokenStore:
         parts = [part for part in parts if part.shape[1]] or parts[:1]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def rows(self) -> list[Rows]:
+        """All tokens as they are kept: one run of `[batch, tokens, ...]` after the other."""
+        kind, parts = self.options.kind, self.parts
+        first, last = (Rows(parts[name], self.width) for name in ("first", "last"))
+        runs = [first, last]
+        if parts["codes"].shape[1]:
+            runs.insert(1, Rows(parts["codes"], self.width, kind, parts["scale"]))
+        return [run for run in runs if run.codes.shape[1]]
+
     def __len__(self) -> int:
         if not self.parts:
             return 0
@@ -109,7 +118,7 @@ class TokenStore:
             for name in names:
                 # a view would keep the memory of what was dropped
                 if (low, high) != (0, length):
-                    self.parts[name] = self.parts[name][:, low:high].clone()
+                    self._set(name, self.parts[name][:, low:high].clone())
             at += length
 
     def select(self, rows: Tensor) -> None:
@@ -119,7 +128,8 @@ class TokenStore:
             rows: int64[any].
         """
         rows = rows.to(self.parts["first"].device)
-        self.parts = {name: part.index_select(0, rows) for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            self._set(name, part.index_select(0, rows))
 
     def bytes_held(self) -> int:
         """Bytes of all storage behind it."""
@@ -144,7 +154,7 @@ class TokenStore:
                 raise FlashHeadError(
                     f"cache: {name} of {list(part.shape)}: wanted width {wanted[name]}"
                 )
-        self.parts, self.width = dict(parts), width
+        self.parts, self.width, self._rooms = dict(parts), width, {}
 
     def _start(self, x: Tensor) -> None:
         empty = x[:, :0].clone()
@@ -157,7 +167,27 @@ class TokenStore:
     def _code(self, x: Tensor) -> None:
         coded = quantize(x, self.options.kind, self.options.group)
         for name, new in zip(("codes", "scale"), coded, strict=True):
-            self.parts[name] = torch.cat((self.parts[name], new), 1)
+            self._extend(name, new)
+
+    def _extend(self, name: str, new: Tensor) -> None:
+        """Add tokens at the end of a part, in place where there is room."""
+        held = self.parts[name]
+        if not self.reserve:
+            self.parts[name] = torch.cat((held, new), 1)
+            return
+        before, total = held.shape[1], held.shape[1] + new.shape[1]
+        room = self._rooms.get(name)
+        if room is None or room.shape[1] < total:
+            room = held.new_empty(held.shape[0], total + self.reserve, held.shape[2])
+            room[:, :before] = held
+            self._rooms[name] = room
+        room[:, before:total] = new
+        self.parts[name] = room[:, :total]
+
+    def _set(self, name: str, part: Tensor) -> None:
+        """Replace a part."""
+        self.parts[name] = part
+        self._rooms.pop(name, None)
 
 
 def bytes_per_token(width: int, options: StoreOptions) -> float:

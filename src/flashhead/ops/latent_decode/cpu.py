@@ -113,8 +113,7 @@ def _row(rows: Rows, row: int, pages: Tensor | None) -> tuple[Rows, Tensor | Non
 def _tokens(rows: Rows, pages: Tensor | None, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Tokens [begin, end) of a row: `[tokens, width]`."""
     if pages is None:
-        scale = None if rows.scale is None else rows.scale[:, begin:end]
-        return Rows(rows.codes[:, begin:end], rows.width, rows.kind, scale).read(dtype)[0]
+        return rows.between(begin, end).read(dtype)[0]
     size = rows.codes.shape[1]
     first = begin // size
     held = gather(rows, pages[None, first : -(-end // size)], dtype)[0]

@@ -138,6 +138,11 @@ class Rows:
             return self.codes.to(dtype)
         return dequantize(self.codes, self.scale, self.width, self.kind, dtype)
 
+    def between(self, start: int, stop: int) -> "Rows":
+        """Tokens [start, stop) of each row, without a copy."""
+        scale = None if self.scale is None else self.scale[:, start:stop]
+        return Rows(self.codes[:, start:stop], self.width, self.kind, scale)
+
     def take(self, index: Tensor) -> "Rows":
         """Some of the first axis, in this order, as `[len(index), ...]`."""
         scale = None if self.scale is None else self.scale[index]

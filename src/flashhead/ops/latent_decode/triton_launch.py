@@ -29,7 +29,7 @@ from flashhead.ops.latent_decode.triton_rebuilt import _rebuilt_kernel
 
 IS_INTERPRETED = not isinstance(_split_kernel, triton.JITFunction)
 NO_FP8 = "impl='triton': fp8 needs compute capability 8.9 or more"
-MERGE_R, MERGE_S = 256, 8
+MERGE_R, MERGE_S = 64, 64
 """Numbers and splits that a step of the merge holds."""
 
 
@@ -173,6 +173,15 @@ def latent_decode_rebuilt(
         )
         found.merge()
     return found.out, found.lse
+
+
+def rebuilt_unfit(rank: int, head_dim: int, share: int, device: torch.device) -> str:
+    """Why keys of this shape cannot be rebuilt on a device; "" where they can."""
+    try:
+        choose_rebuilt_cut(Blocks(), rank, head_dim, share, 1, 1, *_device(device)[:3])
+    except FlashHeadError as error:
+        return str(error)
+    return ""
 
 
 def _launch(
