@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead.bench import device_timing, timing
-from flashhead.bench.attention_full import forms, make_full_problem
+from flashhead.bench.attention_full import FullProblem, forms, make_full_problem
 from flashhead.bench.attention_shapes import AttentionShape
 from flashhead.bench.latent_problem import make_latent_problem
 from flashhead.environment import provenance
@@ -161,26 +161,27 @@ def _full_line(
     problem = make_full_problem(
         batch, context, shape.heads, kv_heads, shape.head_dim, copies, device
     )
-    best, took, rejected = "", float("inf"), {}
-    found = forms(problem, device)
-    for form, call in found.items():
-        try:
-            out = call(0)
-            own, eager = problem.errors(out)
-            if not own <= FACTOR * eager:
-                rejected[form] = f"wrong: error {own:.1e}"
-                continue
-            median_us = _quick_us(call, device)
-        except Exception as error:  # noqa: BLE001  kernels refuse a shape as they like
-            rejected[form] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-            continue
-        rejected[form] = f"{median_us:.1f} us"
-        if median_us < took:
-            best, took = form, median_us
-    if not best:
+    found, rejected = forms(problem, device), {}
+    for form, call in list(found.items()):
+        reason = _wrong(call, problem)
+        if reason:
+            rejected[form] = reason
+            del found[form]
+    if not found:
         raise RuntimeError(f"{name}: no kernel runs: {rejected}")
-    del rejected[best]
+    took = _quick_us(found, device)
+    best = min(took, key=lambda form: took[form])
+    rejected |= {form: f"{us:.1f} us" for form, us in took.items() if form != best}
     return Line(name, found[best], problem.bytes_read, problem.errors, copies, best, rejected)
+
+
+def _wrong(call: Callable[[int], Tensor], problem: FullProblem) -> str:
+    """Why a kernel is not taken; "": it is right."""
+    try:
+        own, eager = problem.errors(call(0))
+    except Exception as error:  # noqa: BLE001  kernels refuse a shape as they like
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    return "" if own <= FACTOR * eager else f"wrong: error {own:.1e}, {eager:.1e} in eager bfloat16"
 
 
 def _latent_line(
@@ -201,10 +202,13 @@ def _latent_line(
     )
 
 
-def _quick_us(call: Callable[[int], Tensor], device: str) -> float:
+def _quick_us(found: dict[str, Callable[[int], Tensor]], device: str) -> dict[str, float]:
+    """Microseconds of each form; on a CPU the best of some interleaved rounds."""
     if device == "cuda":
-        return device_timing.quick_us(call)
-    return 1e3 * timing.interleave({"": call}, "", rounds=5, warmup=2)[""]["median_ms"]
+        return {form: device_timing.quick_us(call) for form, call in found.items()}
+    calls: dict[str, Callable[[int], object]] = {**found}
+    rows = timing.interleave(calls, next(iter(calls)), rounds=7)
+    return {form: 1e3 * row["best_ms"] for form, row in rows.items()}
 
 
 def _time(lines: list[Line], device: str, repeats: int) -> dict[str, dict[str, Any]]:
