@@ -8,9 +8,10 @@ The products are those of `triton`, in chunks of 128 coordinates, each chunk in 
 As soon as chunk c has been multiplied with the weights its buffer is filled with the next tile's,
 so memory is read while the tensor cores work, although a tile of 1,024 coordinates leaves no room
 for a second one. A barrier goes before each: the compiler does not see that the other warp group
-may still read. Codes come through registers: the next tile's words are loaded before this one's
-products and widened to float16 after them. Layouts must be what the tensor cores want, which is why
-this is Gluon and not Triton. No lane waits for another program.
+may still read. Codes come through registers: the next tile's words are widened to float16 into
+each buffer that is done, and their scores are begun, while the products of the other buffers run.
+Layouts must be what the tensor cores want, which is why this is Gluon and not Triton. No program
+waits for another.
 """
 
 from triton.experimental import gluon
@@ -246,7 +247,11 @@ def _hopper_kernel(
         COPY if ROTARY_W == 128 else gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     )
     CODED: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 4], [8, 2, 2] if KIND == "int4" else [4, 2, 4], [8, 1, 1], [2, 1, 0]
+        # lanes that store together are in different rows: other banks
+        [1, 1, 4],
+        [8, 2, 2] if KIND == "int4" else [4, 2, 4],
+        [8, 1, 1],
+        [2, 0, 1],
     )
     CODED_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODED))
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, CHUNK], exact)
@@ -305,7 +310,7 @@ def _hopper_kernel(
         scale_offset, _ = _rows(
             begin, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
         )
-    if ROTARY > 0:
+    if (ROTARY > 0) & (KIND == "bf16"):
         turned_offset, turned_inside = _rows(
             begin, start, end, table_ptr, stride_rb, stride_rt, PAGE, gl.SliceLayout(1, COPY_R)
         )
@@ -365,12 +370,20 @@ def _hopper_kernel(
     factor = gl.convert_layout(largest, OF_SCORES) * (scale * 1.4426950408889634)
 
     most = gl.full([BLOCK_H], float("-inf"), gl.float32, OF_SCORES)
-    total = gl.zeros([BLOCK_H], gl.float32, OF_SCORES)
+    totals = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
     sums = ()
     for _c in gl.static_range(CHUNKS):
         sums = sums + (gl.zeros([CHUNK, BLOCK_H], gl.float32, SUMS),)
     of_token: gl.constexpr = gl.SliceLayout(1, SCORES)
-    for n in range(begin, end, TOKENS):
+    first_tile = begin
+    if KIND != "bf16":
+        # codes: a tile is widened and scored while the one before is summed; before the first one
+        # there is a tile of nothing
+        first_tile = begin - TOKENS
+        for c in gl.static_range(CHUNKS):
+            buffers[c].store(gl.zeros([TOKENS, CHUNK], exact, COPY))
+        ahead = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
+    for n in range(first_tile, end, TOKENS):
         if KIND == "bf16":
             offset, inside = _rows(
                 n + TOKENS,
@@ -382,17 +395,85 @@ def _hopper_kernel(
                 PAGE,
                 gl.SliceLayout(1, COPY),
             )
+            scores = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
+            if ROTARY > 0:
+                async_copy.wait_group(CHUNKS)
+                fence_async_shared()
+                scores = warpgroup_mma(
+                    turned_buffer, turned_query.permute((1, 0)), scores, is_async=True
+                )
+            for c in gl.static_range(CHUNKS):
+                async_copy.wait_group(CHUNKS - 1 - c)
+                fence_async_shared()
+                scores = warpgroup_mma(
+                    buffers[c], queries[c].permute((1, 0)), scores, is_async=True
+                )
+            scores = warpgroup_mma_wait(0, deps=[scores])
         else:
+            scores = ahead
             offset, inside = _rows(
-                n + TOKENS, start, end, table_ptr, stride_lb, stride_lt, PAGE, CODED_ROWS
+                n + 2 * TOKENS, start, end, table_ptr, stride_lb, stride_lt, PAGE, CODED_ROWS
             )
             scale_offset, _ = _rows(
-                n + TOKENS, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
+                n + 2 * TOKENS, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
             )
+        if ROTARY > 0:
+            gl.thread_barrier()  # the other warp group may still be reading what is copied over
+            turned_offset, turned_inside = _rows(
+                n + TOKENS,
+                start,
+                end,
+                table_ptr,
+                stride_rb,
+                stride_rt,
+                PAGE,
+                gl.SliceLayout(1, COPY_R),
+            )
+            _copy(
+                turned_buffer, rotary_ptr, turned_offset, turned_inside, 0, ROTARY, ROTARY_W, COPY_R
+            )
+        scores = scores * factor[None, :]
+        token = n + gl.arange(0, TOKENS, of_token)
+        seen = (token < end) & (token >= gl.maximum(start, begin))
+        if HAS_BIAS:
+            own_ptr = bias_ptr + token[:, None] + head[None, :] * stride_bh
+            bias = gl.load(own_ptr, mask=seen[:, None] & (head < heads)[None, :], other=0)
+            scores += bias.to(gl.float32) * 1.4426950408889634
+        scores = gl.where(seen[:, None], scores, float("-inf"))
+        new = gl.maximum(most, gl.max(scores, 0))
+        shift = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no inf - inf
+        weights = gl.exp2(scores - shift[None, :])
+        fade = gl.exp2(most - shift)
+        totals = totals * fade[None, :] + weights
+        most = new
+        weights_buffer.store(weights.to(exact))
+        fade = gl.convert_layout(fade, OF_SUMS)
+        fence_async_shared()
+        running = ()
+        for c in gl.static_range(CHUNKS):
+            faded = sums[c] * fade[None, :]
+            running = running + (
+                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded, is_async=True),
+            )
+        sums = ()
+        if KIND == "bf16":
+            for c in gl.static_range(CHUNKS):
+                done = warpgroup_mma_wait(CHUNKS - 1 - c, deps=[running[c]])
+                sums = sums + (done,)
+                gl.thread_barrier()
+                _copy(buffers[c], latent_ptr, offset, inside, c * CHUNK, RANK, CHUNK, COPY)
+        else:
+            ahead = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
             next_words = ()
             next_scales = ()
             for c in gl.static_range(CHUNKS):
+                # CHUNKS products are on their way: the oldest is this chunk's
+                done = warpgroup_mma_wait(CHUNKS - 1, deps=[running[c]])
+                sums = sums + (done,)
+                gl.thread_barrier()
                 _store_codes(buffers[c], words[c], scales[c], KIND, PAIRS, SHARED_W)
+                fence_async_shared()
+                ahead = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), ahead, is_async=True)
                 w, s = _load_codes(
                     latent_ptr,
                     latent_scale_ptr,
@@ -411,70 +492,14 @@ def _hopper_kernel(
             scales = next_scales
             if ROTARY > 0:
                 async_copy.wait_group(0)
-            fence_async_shared()
-        scores = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
-        if ROTARY > 0:
-            if KIND == "bf16":
-                async_copy.wait_group(CHUNKS)
                 fence_async_shared()
-            scores = warpgroup_mma(
-                turned_buffer, turned_query.permute((1, 0)), scores, is_async=True
-            )
-        for c in gl.static_range(CHUNKS):
-            if KIND == "bf16":
-                async_copy.wait_group(CHUNKS - 1 - c)
-                fence_async_shared()
-            scores = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), scores, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        if ROTARY > 0:
-            gl.thread_barrier()  # the other warp group may still be reading what is copied over
-            turned_offset, turned_inside = _rows(
-                n + TOKENS,
-                start,
-                end,
-                table_ptr,
-                stride_rb,
-                stride_rt,
-                PAGE,
-                gl.SliceLayout(1, COPY_R),
-            )
-            _copy(
-                turned_buffer, rotary_ptr, turned_offset, turned_inside, 0, ROTARY, ROTARY_W, COPY_R
-            )
-        scores = scores * factor[None, :]
-        token = n + gl.arange(0, TOKENS, of_token)
-        seen = (token < end) & (token >= start)
-        if HAS_BIAS:
-            own_ptr = bias_ptr + token[:, None] + head[None, :] * stride_bh
-            bias = gl.load(own_ptr, mask=seen[:, None] & (head < heads)[None, :], other=0)
-            scores += bias.to(gl.float32) * 1.4426950408889634
-        scores = gl.where(seen[:, None], scores, float("-inf"))
-        new = gl.maximum(most, gl.max(scores, 0))
-        shift = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no inf - inf
-        weights = gl.exp2(scores - shift[None, :])
-        fade = gl.exp2(most - shift)
-        total = total * fade + gl.sum(weights, 0)
-        most = new
-        weights_buffer.store(weights.to(exact))
-        fade = gl.convert_layout(fade, OF_SUMS)
-        fence_async_shared()
-        running = ()
-        for c in gl.static_range(CHUNKS):
-            faded = sums[c] * fade[None, :]
-            running = running + (
-                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded, is_async=True),
-            )
-        sums = ()
-        for c in gl.static_range(CHUNKS):
-            done = warpgroup_mma_wait(CHUNKS - 1 - c, deps=[running[c]])
-            sums = sums + (done,)
-            if KIND == "bf16":
-                gl.thread_barrier()
-                _copy(buffers[c], latent_ptr, offset, inside, c * CHUNK, RANK, CHUNK, COPY)
-        if KIND != "bf16":
-            gl.thread_barrier()
+                ahead = warpgroup_mma(
+                    turned_buffer, turned_query.permute((1, 0)), ahead, is_async=True
+                )
+            ahead = warpgroup_mma_wait(0, deps=[ahead])
     async_copy.wait_group(0)
 
+    total = gl.sum(totals, 0)
     reciprocal = gl.where(total == 0, 0.0, 1.0 / total)
     lse = (most + gl.log2(total)) * 0.6931471805599453
     gl.store(lse_ptr + place + head, lse, mask=head < heads)
