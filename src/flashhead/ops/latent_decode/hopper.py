@@ -449,12 +449,14 @@ def _hopper_kernel(
         weights_buffer.store(weights.to(exact))
         fade = gl.convert_layout(fade, OF_SUMS)
         fence_async_shared()
+        # all at once: between products the compiler would wait for those before
+        faded = ()
+        for c in gl.static_range(CHUNKS):
+            faded = faded + (sums[c] * fade[None, :],)
         running = ()
         for c in gl.static_range(CHUNKS):
-            faded = sums[c] * fade[None, :]
-            running = running + (
-                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded, is_async=True),
-            )
+            chunk = buffers[c].permute((1, 0))
+            running = running + (warpgroup_mma(chunk, weights_buffer, faded[c], is_async=True),)
         sums = ()
         if KIND == "bf16":
             for c in gl.static_range(CHUNKS):
@@ -464,8 +466,6 @@ def _hopper_kernel(
                 _copy(buffers[c], latent_ptr, offset, inside, c * CHUNK, RANK, CHUNK, COPY)
         else:
             ahead = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
-            next_words = ()
-            next_scales = ()
             for c in gl.static_range(CHUNKS):
                 # CHUNKS products are on their way: the oldest is this chunk's
                 done = warpgroup_mma_wait(CHUNKS - 1, deps=[running[c]])
@@ -474,6 +474,16 @@ def _hopper_kernel(
                 _store_codes(buffers[c], words[c], scales[c], KIND, PAIRS, SHARED_W)
                 fence_async_shared()
                 ahead = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), ahead, is_async=True)
+            if ROTARY > 0:
+                async_copy.wait_group(0)
+                fence_async_shared()
+                ahead = warpgroup_mma(
+                    turned_buffer, turned_query.permute((1, 0)), ahead, is_async=True
+                )
+            # a fence waits for loads: none comes before the next tile is ready to be summed
+            words = ()
+            scales = ()
+            for c in gl.static_range(CHUNKS):
                 w, s = _load_codes(
                     latent_ptr,
                     latent_scale_ptr,
@@ -486,17 +496,13 @@ def _hopper_kernel(
                     COUNT,
                     CODED,
                 )
-                next_words = next_words + (w,)
-                next_scales = next_scales + (s,)
-            words = next_words
-            scales = next_scales
-            if ROTARY > 0:
-                async_copy.wait_group(0)
-                fence_async_shared()
-                ahead = warpgroup_mma(
-                    turned_buffer, turned_query.permute((1, 0)), ahead, is_async=True
-                )
-            ahead = warpgroup_mma_wait(0, deps=[ahead])
+                words = words + (w,)
+                scales = scales + (s,)
+            waited = warpgroup_mma_wait(0, deps=(ahead,) + sums)
+            ahead = waited[0]
+            sums = ()
+            for c in gl.static_range(CHUNKS):
+                sums = sums + (waited[c + 1],)
     async_copy.wait_group(0)
 
     total = gl.sum(totals, 0)
