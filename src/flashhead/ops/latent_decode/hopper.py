@@ -455,8 +455,9 @@ def _hopper_kernel(
             faded = faded + (sums[c] * fade[None, :],)
         running = ()
         for c in gl.static_range(CHUNKS):
-            chunk = buffers[c].permute((1, 0))
-            running = running + (warpgroup_mma(chunk, weights_buffer, faded[c], is_async=True),)
+            running = running + (
+                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded[c], is_async=True),
+            )
         sums = ()
         if KIND == "bf16":
             for c in gl.static_range(CHUNKS):
