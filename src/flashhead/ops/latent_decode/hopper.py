@@ -370,7 +370,11 @@ def _hopper_kernel(
     factor = gl.convert_layout(largest, OF_SCORES) * (scale * 1.4426950408889634)
 
     most = gl.full([BLOCK_H], float("-inf"), gl.float32, OF_SCORES)
-    totals = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
+    # summed over tokens once, at the end, where there are registers for it
+    LATE: gl.constexpr = BLOCK_H < 64
+    total = gl.zeros([BLOCK_H], gl.float32, OF_SCORES)
+    if LATE:
+        totals = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
     sums = ()
     for _c in gl.static_range(CHUNKS):
         sums = sums + (gl.zeros([CHUNK, BLOCK_H], gl.float32, SUMS),)
@@ -444,7 +448,10 @@ def _hopper_kernel(
         shift = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no inf - inf
         weights = gl.exp2(scores - shift[None, :])
         fade = gl.exp2(most - shift)
-        totals = totals * fade[None, :] + weights
+        if LATE:
+            totals = totals * fade[None, :] + weights
+        else:
+            total = total * fade + gl.sum(weights, 0)
         most = new
         weights_buffer.store(weights.to(exact))
         fade = gl.convert_layout(fade, OF_SUMS)
@@ -506,7 +513,8 @@ def _hopper_kernel(
                 sums = sums + (waited[c + 1],)
     async_copy.wait_group(0)
 
-    total = gl.sum(totals, 0)
+    if LATE:
+        total = gl.sum(totals, 0)
     reciprocal = gl.where(total == 0, 0.0, 1.0 / total)
     lse = (most + gl.log2(total)) * 0.6931471805599453
     gl.store(lse_ptr + place + head, lse, mask=head < heads)
