@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from flashhead.errors import FlashHeadError
-from flashhead.ops.latent_decode import api, reference, triton_launch
+from flashhead.ops.latent_decode import api, hopper_launch, reference, triton_launch
 from flashhead.ops.latent_decode.blocks import MOST_SPLITS, Blocks, choose_splits
 from flashhead.ops.latent_decode.rows import KINDS, Rows
 
@@ -316,6 +316,29 @@ def test_hopper_is_the_same_every_time():
     first = api.latent_decode(given[0], given[1], given[3], **call)[0]
     for _ in range(50):
         assert torch.equal(first, api.latent_decode(given[0], given[1], given[3], **call)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({}, ""),
+        ({"kind": "int4", "group": 64}, ""),
+        ({"kind": "int4", "group": 32}, "groups of 32"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"rotary_kind": "int8"}, "rotary key in int8"),
+        ({"rank": 100}, "16 bytes"),
+        ({"rope": 8, "lengths": [7, 7]}, "16 numbers"),
+        ({"rank": 1024, "heads": 64}, "shared memory"),
+    ],
+)
+def test_what_hopper_takes(change, word, monkeypatch):
+    """A copy of 16 bytes from where none can start; more shared memory than there is."""
+    monkeypatch.setattr(hopper_launch, "_device_unfit", lambda _: "")
+    given = {"lengths": [8, 8], "heads": 32, "rank": 128, "rope": 64, "group": 64} | change
+    query, latent, rotary, _ = problem(**given)
+    found = hopper_launch.unfit(query, latent, rotary, given["heads"])
+    assert word in found
+    assert bool(word) == bool(found)
 
 
 def test_hopper_where_it_cannot_run():

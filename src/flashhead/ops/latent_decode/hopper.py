@@ -196,7 +196,7 @@ def _query(
     return part.to(gl.float32)
 
 
-@gluon.jit(do_not_specialize=["splits", "stride_bb", "stride_bh", "stride_table"])
+@gluon.jit(do_not_specialize=["splits", "stride_lsb", "stride_bb", "stride_bh", "stride_table"])
 def _hopper_kernel(
     query_ptr,
     latent_ptr,

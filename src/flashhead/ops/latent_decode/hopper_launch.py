@@ -27,9 +27,11 @@ def unfit(query: Tensor, latent: Rows, rotary: Rows | None, block_heads: int) ->
         if rows.kind == "bf16" and rows.codes.dtype not in (torch.bfloat16, torch.float16):
             return f"rows of {rows.codes.dtype}: wanted 16 bits"
         size = rows.codes.element_size()
-        strides = (*rows.codes.stride()[:2], rows.codes.shape[2])
-        if rows.codes.data_ptr() % 16 or any(stride * size % 16 for stride in strides):
-            return "rows that do not start at multiples of 16 bytes"
+        bytes_apart = (rows.codes.stride(1) * size, rows.codes.shape[2] * size)
+        if rows.codes.data_ptr() % 16 or any(n % 16 for n in bytes_apart):
+            return "vectors that do not start at multiples of 16 bytes"
+        if rows.codes.stride(0) % (16 if rows.kind == "bf16" else 64):
+            return "rows or blocks that do not start at multiples of 16 numbers"
     if rotary is not None and rotary.kind != "bf16":
         return f"a rotary key in {rotary.kind}: wanted 16 bits"
     needed = shared_bytes(latent.width, 0 if rotary is None else rotary.width, block_heads)

@@ -151,7 +151,16 @@ def _tile(
     return low, high
 
 
-@triton.jit(do_not_specialize=["splits", "stride_bb", "stride_bh", "stride_table"])
+@triton.jit(
+    do_not_specialize=[
+        "splits",
+        "stride_lsb",
+        "stride_rsb",
+        "stride_bb",
+        "stride_bh",
+        "stride_table",
+    ]
+)
 def _split_kernel(
     query_ptr,
     latent_ptr,

@@ -51,7 +51,16 @@ def _product(tile, tile_odd, up, up_odd, constant, KIND: tl.constexpr):
     return keys + constant[None, :]
 
 
-@triton.jit(do_not_specialize=["splits", "first_index", "stride_bb", "stride_bh", "stride_table"])
+@triton.jit(
+    do_not_specialize=[
+        "splits",
+        "first_index",
+        "stride_lsb",
+        "stride_bb",
+        "stride_bh",
+        "stride_table",
+    ]
+)
 def _rebuilt_kernel(
     query_ptr,
     latent_ptr,
