@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
+from flashhead.nn.mixed_bits import Counts
 from flashhead.nn.token_store import StoreOptions, TokenStore
 
 
@@ -25,15 +26,19 @@ class StoredLayer(CacheLayerMixin):
     Args:
         options: how tokens are kept.
         window: tokens that a query sees; None: all.
+        counts: of the first stream's coordinates in 8, 4 and 2 bits, for the kind mixed.
     """
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, options: StoreOptions, window: int | None = None) -> None:
+    def __init__(
+        self, options: StoreOptions, window: int | None = None, counts: Counts | None = None
+    ) -> None:
         super().__init__()
         self.options, self.window, self.is_sliding = options, window, window is not None
-        self.stores = (TokenStore(options), TokenStore(options))
+        self.counts = counts
+        self.stores = (TokenStore(options, counts), TokenStore(options, counts))
         self.heads = (1, 1)
         self.seen, self.record_past = 0, False
 
@@ -124,7 +129,10 @@ class StoredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stores = (TokenStore(self.options), TokenStore(self.options))
+        self.stores = (
+            TokenStore(self.options, self.counts),
+            TokenStore(self.options, self.counts),
+        )
         self.seen, self.is_initialized = 0, False
 
     def offload(self) -> None:
@@ -157,11 +165,13 @@ class StoredCache(Cache):
 
     Args:
         options: how tokens are kept.
-        windows: one a layer; None: no window.
+        layers: window (None: none) and counts of bits (None: not mixed) of each.
     """
 
-    def __init__(self, options: StoreOptions, windows: list[int | None]) -> None:
-        super().__init__(layers=[StoredLayer(options, window) for window in windows])
+    def __init__(
+        self, options: StoreOptions, layers: list[tuple[int | None, Counts | None]]
+    ) -> None:
+        super().__init__(layers=[StoredLayer(options, *layer) for layer in layers])
         self.options = options
 
     def bytes_held(self) -> int:
@@ -237,7 +247,8 @@ class LatentCache(StoredCache):
             raise FlashHeadError("the model has no latent attention: flashhead convert makes one")
         modules.sort(key=lambda module: module.layer_idx)
         chosen = options or getattr(model, "latent_store", None) or StoreOptions()
-        super().__init__(chosen, [module.shape.window for module in modules])
+        shapes = [module.shape for module in modules]
+        super().__init__(chosen, [(shape.window, shape.counts) for shape in shapes])
 
 
 class RoundedCache(StoredCache):
@@ -250,4 +261,4 @@ class RoundedCache(StoredCache):
 
     def __init__(self, config: Any, options: StoreOptions) -> None:
         _, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        super().__init__(options, [layer.get("sliding_window") for layer in kwargs])
+        super().__init__(options, [(layer.get("sliding_window"), None) for layer in kwargs])

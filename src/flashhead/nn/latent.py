@@ -26,6 +26,7 @@ from torch.nn import functional
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
+from flashhead.nn.token_store import StoreOptions, round_through
 
 ABSORBED_QUERIES = 8
 """Up to how many queries a row the absorbed form is taken, where a cache is read."""
@@ -66,6 +67,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.shape, self._table, self.layer_idx = shape, table, layer_idx
         self.mode = "auto"
+        self.rounding: StoreOptions | None = None
+        """Without a cache: round latents as a cache of this kind would (training)."""
         d, width = shape.hidden_size, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(d, shape.heads * shape.head_dim, bias=shape.query_bias)
         self.o_proj = nn.Linear(shape.heads * shape.value_dim, d, bias=shape.output_bias)
@@ -123,6 +126,9 @@ class LatentAttention(nn.Module):
         if past_key_values is not None:
             start = past_key_values.get_seq_length(self.layer_idx)
         latent, rotary = self._turned(latent, start)
+        if past_key_values is None and self.rounding is not None:
+            latent = round_through(latent, self.rounding, self.shape.counts)
+            rotary = round_through(rotary, self.rounding) if rotary.shape[-1] else rotary
         if past_key_values is not None:
             latent, rotary = (
                 held.squeeze(1)

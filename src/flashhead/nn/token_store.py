@@ -1,9 +1,10 @@
 """Vectors of tokens, kept in few bits: what a cache is made of.
 
 Coordinates are cut into groups that share one float16 scale, the group's largest magnitude. int4
-packs two codes a byte. The first and the last tokens can stay exact: attention sinks and the latest
-tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8 (e4m3) w + 2 a group; int4
-w / 2 + 2 a group.
+packs two codes a byte. "mixed" is for latents that were made for it: 8, 4 and 2 bits a coordinate
+and one scale a token (`mixed_bits.py`). The first and the last tokens can stay exact: attention
+sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8 (e4m3)
+w + 2 a group; int4 w / 2 + 2 a group; mixed what its widths take, + 2.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
+from flashhead.nn import mixed_bits
+from flashhead.nn.mixed_bits import Counts
 
-KINDS = ("bf16", "fp8", "int8", "int4")
+KINDS = ("bf16", "fp8", "int8", "int4", "mixed")
 _LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 
 
@@ -24,7 +27,7 @@ class StoreOptions:
     """How tokens are kept.
 
     Args:
-        kind: "bf16" (the dtype that comes in), "fp8", "int8" or "int4".
+        kind: "bf16" (the dtype that comes in), "fp8", "int8", "int4" or "mixed".
         group: coordinates that share a scale, 2 or more, even.
         exact_first: tokens at the start that stay in the dtype that came in.
         exact_last: tokens at the end that do.
@@ -49,17 +52,23 @@ class StoreOptions:
                 raise FlashHeadError(f"{name}={value!r}: wanted 0 or a positive integer")
 
 
-def quantize(x: Tensor, options: StoreOptions) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, options: StoreOptions, counts: Counts | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales.
 
     Args:
         x: floating `[..., width]`.
         options: with a kind other than bf16.
+        counts: coordinates in 8, 4 and 2 bits, for the kind mixed.
 
     Returns:
         codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up
-        to whole groups; scales float16 `[..., groups]`.
+        to whole groups; scales float16 `[..., groups]`. Mixed: as `mixed_bits.encode`.
     """
+    if options.kind == "mixed":
+        assert counts is not None
+        return mixed_bits.encode(x, counts)
     width, group = x.shape[-1], min(options.group, x.shape[-1] + x.shape[-1] % 2)
     x = functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
     largest = _LARGEST[options.kind]
@@ -75,8 +84,18 @@ def quantize(x: Tensor, options: StoreOptions) -> tuple[Tensor, Tensor]:
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4), scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, width: int, kind: str, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    width: int,
+    kind: str,
+    dtype: torch.dtype,
+    counts: Counts | None = None,
+) -> Tensor:
     """The way back: `[..., width]`."""
+    if kind == "mixed":
+        assert counts is not None
+        return mixed_bits.decode(codes, scale, counts, dtype)
     if kind == "int4":
         pair = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
         values = pair.float() - 8
@@ -87,15 +106,39 @@ def dequantize(codes: Tensor, scale: Tensor, width: int, kind: str, dtype: torch
     return values.flatten(-2)[..., :width].to(dtype)
 
 
+def round_through(x: Tensor, options: StoreOptions, counts: Counts | None = None) -> Tensor:
+    """What a store would give back, with the gradient of the identity (the straight-through
+    estimator, arXiv 1308.3432), for training.
+
+    Args:
+        x: floating `[batch, tokens, width]`, whole texts.
+        options: how tokens are kept; `exact_last` counts for nothing.
+        counts: as in `quantize`.
+    """
+    if options.kind == "bf16":
+        return x
+    with torch.no_grad():
+        codes, scale = quantize(x, options, counts)
+        off = dequantize(codes, scale, x.shape[-1], options.kind, x.dtype, counts) - x
+        off[:, : options.exact_first] = 0
+    return x + off
+
+
 class TokenStore:
     """Growing `[batch, tokens, width]`: exact first tokens, codes, exact last tokens.
 
     Args:
         options: how tokens are kept.
+        counts: coordinates in 8, 4 and 2 bits, for the kind mixed.
+
+    Raises:
+        FlashHeadError: the kind mixed without counts.
     """
 
-    def __init__(self, options: StoreOptions) -> None:
-        self.options = options
+    def __init__(self, options: StoreOptions, counts: Counts | None = None) -> None:
+        if options.kind == "mixed" and counts is None:
+            raise FlashHeadError("kv_dtype='mixed': wanted latents that were converted for it")
+        self.options, self.counts = options, counts
         self.parts: dict[str, Tensor] = {}
         """"first" and "last" (exact) `[batch, n, width]`, "codes" and "scale" between them."""
         self.width = 0
@@ -132,6 +175,7 @@ class TokenStore:
                 self.width,
                 self.options.kind,
                 parts[0].dtype,
+                self.counts,
             )
             parts.insert(1, middle)
         parts = [part for part in parts if part.shape[1]] or parts[:1]
@@ -181,6 +225,8 @@ class TokenStore:
         wanted = {"first": width, "last": width, "codes": padded, "scale": padded // group}
         wanted["codes"] = padded // 2 if kind == "int4" else 0 if kind == "bf16" else padded
         wanted["scale"] = 0 if kind == "bf16" else padded // group
+        if self.counts is not None:
+            wanted["codes"], wanted["scale"] = mixed_bits.code_bytes(self.counts), 1
         for name, part in parts.items():
             if part.dim() != 3 or part.shape[2] != wanted[name]:
                 raise FlashHeadError(
@@ -192,17 +238,21 @@ class TokenStore:
         empty = x[:, :0].clone()
         codes, scale = empty[..., :0], empty[..., :0]
         if self.options.kind != "bf16":
-            codes, scale = quantize(empty, self.options)
+            codes, scale = quantize(empty, self.options, self.counts)
         self.parts = {"first": empty, "codes": codes, "scale": scale, "last": empty}
         self.width = x.shape[-1]
 
     def _code(self, x: Tensor) -> None:
-        for name, new in zip(("codes", "scale"), quantize(x, self.options), strict=True):
+        for name, new in zip(
+            ("codes", "scale"), quantize(x, self.options, self.counts), strict=True
+        ):
             self.parts[name] = torch.cat((self.parts[name], new), 1)
 
 
-def bytes_per_token(width: int, options: StoreOptions) -> float:
+def bytes_per_token(width: int, options: StoreOptions, counts: Counts | None = None) -> float:
     """Bytes that one token of `width` numbers takes, exact ones aside; bf16 counts 2 a number."""
+    if counts is not None and options.kind == "mixed":
+        return mixed_bits.code_bytes(counts) + 2.0
     if options.kind == "bf16":
         return 2.0 * width
     group = min(options.group, width + width % 2)
