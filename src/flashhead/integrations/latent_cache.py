@@ -12,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
 from flashhead.nn.mixed_bits import Counts
 from flashhead.nn.token_store import StoreOptions, TokenStore
+
+SLIDING = "sliding_attention"
+"""As transformers' configs name a layer with a window."""
 
 
 class StoredLayer(CacheLayerMixin):
@@ -260,5 +263,9 @@ class RoundedCache(StoredCache):
     """
 
     def __init__(self, config: Any, options: StoreOptions) -> None:
-        _, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        super().__init__(options, [(layer.get("sliding_window"), None) for layer in kwargs])
+        text = config.get_text_config(decoder=True)
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None)
+        if kinds is None:
+            kinds = ["full_attention" if window is None else SLIDING] * text.num_hidden_layers
+        super().__init__(options, [(window if k == SLIDING else None, None) for k in kinds])
