@@ -113,6 +113,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("latent-table"))
     parser.add_argument("--skip-convert", action="store_true", help="folders are in --work")
+    parser.add_argument("--skip-closed-form", action="store_true", help="measured before")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     table = Table(args)
@@ -121,7 +122,8 @@ def main() -> int:
         folders = {c: args.work / "latent-{}x-{}".format(*c.split(":")) for c in cases}
     else:
         folders = convert_all(table, cases)
-        for case, folder in folders.items():
+    for case, folder in folders.items():
+        if not args.skip_closed_form:
             table.evaluate(case, folder, "closed_form")
     healed = args.heal_cases.split(",") if args.heal_cases else cases
     text = args.work / SHARED_TEXT

@@ -30,6 +30,11 @@ from triton.backends.compiler import GPUTarget
 
 from flashhead.index.clusters import ClustersIndex
 from flashhead.ops.cascade import triton_launch
+from flashhead.ops.latent_decode import api as latent_api
+from flashhead.ops.latent_decode import hopper_launch
+from flashhead.ops.latent_decode import triton_launch as latent_launch
+from flashhead.ops.latent_decode.blocks import Blocks
+from flashhead.ops.latent_decode.rows import Rows
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
@@ -39,6 +44,7 @@ from flashhead.options import ClustersOptions
 CAPABILITIES = (80, 89, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that a program can have."""
+DIGITS = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
 MOST_SPILLED_BYTES = 64
 """On the layout of a real head: a few registers around a loop cost nothing."""
 SMALL = (1003, 200, Layout(32, 32, 128, 2))
@@ -198,6 +204,56 @@ class NoiseCase:
         noise.gumbel(7, new(3, dtype=torch.int64), 1003)
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentCase:
+    """Attention over cached latents.
+
+    Args:
+        heads, rank, rope: of it.
+        kind: how latents are kept.
+        rotary_kind: how the rotary key is.
+        page: tokens of a block; 0: the cache is not cut into blocks.
+        hopper: which of two kernels.
+    """
+
+    heads: int
+    rank: int
+    rope: int
+    kind: str = "bf16"
+    rotary_kind: str = "bf16"
+    page: int = 0
+    hopper: bool = False
+
+    def __str__(self) -> str:
+        return f"latent {self.kind} {self.heads}x({self.rank}+{self.rope})"
+
+    def rows(self, width: int, kind: str) -> Rows:
+        """A cache of 8 rows of 4,096 tokens."""
+        shape = (8 * 4096 // self.page, self.page) if self.page else (8, 4096)
+        if kind == "bf16":
+            return Rows(new(*shape, width, dtype=torch.bfloat16), width)
+        groups = -(-width // 64)
+        stored = torch.int8 if kind == "int8" else torch.uint8
+        codes = new(*shape, groups * 64 // (2 if kind == "int4" else 1), dtype=stored)
+        return Rows(codes, width, kind, new(*shape, groups, dtype=torch.float16))
+
+    def launch(self) -> None:
+        """Call the launcher."""
+        numbers = new(8, dtype=torch.int32)
+        table = new(8, 4096 // self.page, dtype=torch.int32) if self.page else None
+        extra = {"table": table, "starts": numbers, "bias": new(8, 1, 4096)} if self.page else {}
+        latent_api.latent_decode(
+            new(8, self.heads, self.rank + self.rope, dtype=torch.bfloat16),
+            self.rows(self.rank, self.kind),
+            numbers,
+            scale=0.1,
+            rotary=self.rows(self.rope, self.rotary_kind) if self.rope else None,
+            impl="triton",
+            blocks=Blocks(hopper=self.hopper),
+            **extra,
+        )
+
+
 def query_case(name: str, head: tuple[int, int, Layout], states: int, **options: Any) -> CodesCase:
     """The query kernel where a program has several of 8 hidden states, as with wide heads."""
     _, d, layout = head
@@ -237,8 +293,22 @@ SMALL_CASES = [
     SearchCase(9000, 575, 577, torch.float16, "int4", always=3, bias=True, winner_only=False),
     SearchCase(577, 576, 37, torch.float32, "bf16", bias=True),
     BestClustersCase(),
+    LatentCase(32, 512, 64),
+    LatentCase(5, 96, 24, "int4", "int8", page=24),
+    LatentCase(16, 192, 0, "int8"),
 ]
 """For every compute capability."""
+
+LATENT_CASES = [
+    LatentCase(32, 1024, 64, hopper=True),
+    LatentCase(32, 1024, 64, "int4", hopper=True),
+    LatentCase(32, 1024, 64, "int8", hopper=True),
+    LatentCase(32, 1024, 64, "fp8", hopper=True),
+    LatentCase(128, 512, 128, "bf16", page=64, hopper=True),
+    LatentCase(9, 200, 0, "int4", page=16, hopper=True),
+    LatentCase(32, 1024, 64),
+]
+"""For sm_90 alone; they may not spill registers."""
 
 GEMMA_CASES = [
     CodesCase("gemma", GEMMA, 32, ("query", "bounds")),
@@ -285,7 +355,7 @@ def describe(kernel: Any, log: str, case: Any, capability: int) -> str:
         f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared"
     )
     assert shared <= SHARED_BYTES.get(capability, shared), f"{line}: more than the card has"
-    if case in GEMMA_CASES:
+    if case in GEMMA_CASES or case in LATENT_CASES:
         assert spilled <= MOST_SPILLED_BYTES, f"{line}: more than {MOST_SPILLED_BYTES} spilled"
     return line
 
@@ -309,9 +379,17 @@ def compile_case(task: tuple[int, Any]) -> list[str]:
         (triton_launch, "_has_bit_products", lambda _: capability < 100),
         (triton_launch, "_has_pdl", lambda _: capability >= 90),
         (triton_launch, "_multiprocessors", lambda _: 132),
+        (latent_launch, "require_one_gpu", lambda *_: None),
+        (
+            latent_launch,
+            "_properties",
+            lambda _: (132, SHARED_BYTES[capability], DIGITS[capability]),
+        ),
+        (hopper_launch, "_device_unfit", lambda _: "" if capability == 90 else "another card"),
         (probe, "require_one_gpu", lambda *_: None),
         (triton_search, "require_one_gpu", lambda *_: None),
     ]
+    latent_launch._device.cache_clear()
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -328,7 +406,8 @@ def main() -> None:
         sys.exit("aot.py: TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     tasks: list[tuple[int, Any]] = []
     if 90 in args.capabilities:
-        tasks += [(90, case) for case in GEMMA_CASES]  # the longest first
+        # the longest first
+        tasks += [(90, case) for case in (*GEMMA_CASES, *LATENT_CASES)]
     tasks += [(capability, case) for case in SMALL_CASES for capability in args.capabilities]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what is cached is not compiled

@@ -8,13 +8,8 @@ from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache, RoundedCache
 from flashhead.integrations.latent_model import latent_modules, serve_latents
-from flashhead.nn.token_store import (
-    StoreOptions,
-    TokenStore,
-    bytes_per_token,
-    dequantize,
-    quantize,
-)
+from flashhead.nn.token_store import StoreOptions, TokenStore, bytes_per_token
+from flashhead.ops.latent_decode.rows import dequantize, quantize
 from flashhead.options_latent import LatentOptions
 
 
@@ -65,7 +60,7 @@ def test_rounding_is_within_half_a_step(kind, width):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, width, generator=generator) * torch.logspace(-3, 2, 5)[:, None]
     options = StoreOptions(kind, group=32)
-    codes, scale = quantize(x, options)
+    codes, scale = quantize(x, kind, 32)
     back = dequantize(codes, scale, width, kind, torch.float32)
     padded = torch.nn.functional.pad(x, (0, -width % min(32, width + width % 2)))
     largest = padded.unflatten(-1, (scale.shape[-1], -1)).abs().amax(-1, keepdim=True)

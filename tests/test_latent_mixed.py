@@ -13,7 +13,7 @@ from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache, RoundedCache
 from flashhead.integrations.latent_model import latent_modules, serve_latents, store_of
 from flashhead.nn.mixed_bits import BITS, LOSS, STEPS, code_bytes, decode, encode
-from flashhead.nn.token_store import StoreOptions, TokenStore, quantize, round_through
+from flashhead.nn.token_store import StoreOptions, TokenStore, round_through
 from flashhead.options_latent import LatentOptions
 
 NONE = torch.empty(0, dtype=torch.float64)
@@ -169,5 +169,3 @@ def test_latents_of_another_kind_are_refused():
         LatentCache(model, StoreOptions("mixed"))
     with pytest.raises(FlashHeadError, match="rebuilt"):
         LatentOptions(kv_dtype="mixed", rotary="decoupled")
-    codes, _ = quantize(torch.randn(3, 16), StoreOptions("int4"))
-    assert codes.shape == (3, 8)

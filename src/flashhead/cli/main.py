@@ -18,6 +18,7 @@ from typing import Any
 
 from flashhead._version import __version__
 from flashhead.cli import (
+    bench_attention,
     bench_decode,
     bench_head,
     bench_vllm,
@@ -72,6 +73,7 @@ def build_parser() -> Parser:
     benchmarks = _group(subparsers, "bench", "measure speed")
     bench_head.add_parser(benchmarks)
     bench_decode.add_parser(benchmarks)
+    bench_attention.add_parser(benchmarks)
     bench_vllm.add_parser(benchmarks)
     return parser
 

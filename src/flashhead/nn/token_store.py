@@ -1,10 +1,9 @@
 """Vectors of tokens, kept in few bits: what a cache is made of.
 
-Coordinates are cut into groups that share one float16 scale, the group's largest magnitude. int4
-packs two codes a byte. "mixed" is for latents that were made for it: 8, 4 and 2 bits a coordinate
-and one scale a token (`mixed_bits.py`). The first and the last tokens can stay exact: attention
-sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8 (e4m3)
-w + 2 a group; int4 w / 2 + 2 a group; mixed what its widths take, + 2.
+How a vector is coded says `ops.latent_decode.rows`; "mixed" is for latents made for it: 8,
+4 and 2 bits a coordinate and one scale a token (`mixed_bits.py`). The first and the last tokens can
+stay exact: attention sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w;
+int8 and fp8 (e4m3) w + 2 a group; int4 w / 2 + 2 a group; mixed what its widths take, + 2.
 """
 
 import dataclasses
@@ -12,14 +11,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn import mixed_bits
 from flashhead.nn.mixed_bits import Counts
+from flashhead.ops.latent_decode.rows import KINDS as CODED
+from flashhead.ops.latent_decode.rows import dequantize, quantize
 
-KINDS = ("bf16", "fp8", "int8", "int4", "mixed")
-_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+KINDS = (*CODED, "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,39 +51,17 @@ class StoreOptions:
                 raise FlashHeadError(f"{name}={value!r}: wanted 0 or a positive integer")
 
 
-def quantize(
-    x: Tensor, options: StoreOptions, counts: Counts | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales.
-
-    Args:
-        x: floating `[..., width]`.
-        options: with a kind other than bf16.
-        counts: coordinates in 8, 4 and 2 bits, for the kind mixed.
-
-    Returns:
-        codes uint8 `[..., width / 2]` (int4), int8 or uint8 (fp8) `[..., width]`, each rounded up
-        to whole groups; scales float16 `[..., groups]`. Mixed: as `mixed_bits.encode`.
+def encode(x: Tensor, options: StoreOptions, counts: Counts | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of floating `[..., width]`: `ops.latent_decode.rows.quantize`, or
+    `mixed_bits.encode` with the counts of its widths.
     """
     if options.kind == "mixed":
         assert counts is not None
         return mixed_bits.encode(x, counts)
-    width, group = x.shape[-1], min(options.group, x.shape[-1] + x.shape[-1] % 2)
-    x = functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
-    largest = _LARGEST[options.kind]
-    scale = (x.abs().amax(-1) / largest).clamp(2**-24, 65504).half()
-    x = (x / scale[..., None].float()).clamp(-largest, largest).flatten(-2)
-    if options.kind == "fp8":
-        # bytes: few operations know float8
-        return x.to(torch.float8_e4m3fn).view(torch.uint8), scale
-    codes = x.round()
-    if options.kind == "int8":
-        return codes.to(torch.int8), scale
-    nibbles = (codes + 8).to(torch.uint8)
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4), scale
+    return quantize(x, options.kind, options.group)
 
 
-def dequantize(
+def decode(
     codes: Tensor,
     scale: Tensor,
     width: int,
@@ -96,14 +73,7 @@ def dequantize(
     if kind == "mixed":
         assert counts is not None
         return mixed_bits.decode(codes, scale, counts, dtype)
-    if kind == "int4":
-        pair = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-        values = pair.float() - 8
-    else:
-        values = (codes.view(torch.float8_e4m3fn) if kind == "fp8" else codes).float()
-    groups = scale.shape[-1]
-    values = values.unflatten(-1, (groups, -1)) * scale[..., None].float()
-    return values.flatten(-2)[..., :width].to(dtype)
+    return dequantize(codes, scale, width, kind, dtype)
 
 
 def round_through(x: Tensor, options: StoreOptions, counts: Counts | None = None) -> Tensor:
@@ -113,13 +83,13 @@ def round_through(x: Tensor, options: StoreOptions, counts: Counts | None = None
     Args:
         x: floating `[batch, tokens, width]`, whole texts.
         options: how tokens are kept; `exact_last` counts for nothing.
-        counts: as in `quantize`.
+        counts: as in `encode`.
     """
     if options.kind == "bf16":
         return x
     with torch.no_grad():
-        codes, scale = quantize(x, options, counts)
-        off = dequantize(codes, scale, x.shape[-1], options.kind, x.dtype, counts) - x
+        codes, scale = encode(x, options, counts)
+        off = decode(codes, scale, x.shape[-1], options.kind, x.dtype, counts) - x
         off[:, : options.exact_first] = 0
     return x + off
 
@@ -169,7 +139,7 @@ class TokenStore:
         """All tokens: `[batch, tokens, width]` in the dtype that came in."""
         parts = [self.parts["first"], self.parts["last"]]
         if self.parts["codes"].shape[1]:
-            middle = dequantize(
+            middle = decode(
                 self.parts["codes"],
                 self.parts["scale"],
                 self.width,
@@ -238,14 +208,12 @@ class TokenStore:
         empty = x[:, :0].clone()
         codes, scale = empty[..., :0], empty[..., :0]
         if self.options.kind != "bf16":
-            codes, scale = quantize(empty, self.options, self.counts)
+            codes, scale = encode(empty, self.options, self.counts)
         self.parts = {"first": empty, "codes": codes, "scale": scale, "last": empty}
         self.width = x.shape[-1]
 
     def _code(self, x: Tensor) -> None:
-        for name, new in zip(
-            ("codes", "scale"), quantize(x, self.options, self.counts), strict=True
-        ):
+        for name, new in zip(("codes", "scale"), encode(x, self.options, self.counts), strict=True):
             self.parts[name] = torch.cat((self.parts[name], new), 1)
 
 

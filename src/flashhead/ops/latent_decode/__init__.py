@@ -1,0 +1,1 @@
+"""One token a row attends over cached latents (see `api`)."""
