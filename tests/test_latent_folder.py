@@ -80,7 +80,7 @@ def _layer(section):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda s: s.update(version=2), "version 2, this flashhead reads 1"),
+        (lambda s: s.update(version=3), "version 3, this flashhead reads 2"),
         (lambda s: s.pop("kv_dtype"), "wanted kv_dtype, layers"),
         (lambda s: s.update(kv_dtype="int3"), "kv_dtype='int3'"),
         (lambda s: s.update(model_type="nothing"), "known model type"),

@@ -1,5 +1,6 @@
 """Decode steps through `ops.latent_decode` against the eager absorbed form, on real caches."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -99,6 +100,10 @@ def test_mode_is_never_ignored(model):
         module.mode = "kernel"
     with pytest.raises(FlashHeadError, match="wanted a LatentCache"), torch.no_grad():
         model(ids(1, 1), past_key_values=DynamicCache())
+    cache = LatentCache(model)
+    cache.options = dataclasses.replace(cache.options, kind="mixed")
+    with pytest.raises(FlashHeadError, match="kept as 'mixed'"), torch.no_grad():
+        model(ids(1, 1), past_key_values=cache)
     modules[0].mode = "fast"
     with pytest.raises(FlashHeadError, match="mode='fast'"), torch.no_grad():
         model(ids(1, 1), past_key_values=LatentCache(model))
@@ -108,14 +113,14 @@ def test_room_is_counted_and_filled():
     """Tokens written over, memory that is not counted, a copy although there is room."""
     x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
     for options in STORES:
-        plain, roomy = TokenStore(options), TokenStore(options, 8)
+        plain, roomy = TokenStore(options), TokenStore(options, reserve=8)
         for part in x.split((3, 1, 1, 20, 1, 14), 1):
             plain.append(part)
             roomy.append(part)
             assert torch.equal(plain.read(), roomy.read())
         joined = torch.cat([run.read(torch.float32) for run in roomy.rows()], 1)
         assert torch.equal(joined, plain.read())
-    store = TokenStore(StoreOptions(), 8)
+    store = TokenStore(StoreOptions(), reserve=8)
     store.append(x[:, :4])
     place = store.parts["last"].data_ptr()
     assert store.bytes_held() == 2 * (4 + 8) * 16 * 4

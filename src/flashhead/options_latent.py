@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent_shape import ROTARY
-from flashhead.ops.latent_decode.rows import KINDS
+from flashhead.nn.token_store import KINDS
 
 RANKS = ("budget", "uniform")
 
@@ -15,8 +15,9 @@ class LatentOptions:
     """How attention is made latent.
 
     Args:
-        kv_ratio: numbers a token in the original cache over numbers kept, 1 or more.
-        kv_dtype: how the cache keeps them: "bf16", "fp8", "int8" or "int4".
+        kv_ratio: numbers a token in the original cache over numbers kept, 1 or more; with "mixed"
+            bytes over bytes.
+        kv_dtype: how the cache keeps them: "bf16", "fp8", "int8", "int4" or "mixed".
         rotary: "rebuilt" or "decoupled" (`nn.latent`).
         ranks: "budget" (layers compete for one budget) or "uniform".
         calibration: text files; none: text that the model samples.
@@ -43,6 +44,8 @@ class LatentOptions:
                 raise FlashHeadError(
                     f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}"
                 )
+        if self.kv_dtype == "mixed" and self.rotary != "rebuilt":
+            raise FlashHeadError("kv_dtype='mixed': wanted rotary='rebuilt' with it")
         if self.calibration_tokens < 256:
             raise FlashHeadError(
                 f"calibration_tokens={self.calibration_tokens}: wanted 256 or more"

@@ -29,12 +29,14 @@ def add_latent(parser: Parser) -> None:
         "--kv-ratio",
         type=real("a number from 1", lambda value: value >= 1),
         metavar="R",
-        help="numbers a token in the cache, before over after (default: 2)",
+        help="numbers a token in the cache, before over after; bytes with --kv-dtype mixed "
+        "(default: 2)",
     )
     group.add_argument(
         "--kv-dtype",
-        choices=("bf16", "fp8", "int8", "int4"),
-        help="what generate() keeps latents in (default: bf16)",
+        choices=("bf16", "fp8", "int8", "int4", "mixed"),
+        help="what generate() keeps latents in; mixed: 8, 4, 2 or no bits a number, by what it is "
+        "worth (default: bf16)",
     )
     group.add_argument(
         "--rotary",
@@ -76,5 +78,6 @@ def print_latent(report: dict[str, Any]) -> None:
     print(
         f"{len(widths)} layers cache {sum(widths) / len(widths):.0f} numbers a token on average "
         f"({min(widths)} to {max(widths)}), 1/{report['kv_ratio']:.2f} of keys and values, in "
-        f"{report['kv_dtype']}; expected KL from that {sum(report['expected_kl']):.3g} nats a token"
+        f"{report['kv_dtype']}: 1/{report['bytes_ratio']:.2f} of a bf16 cache's bytes; expected KL "
+        f"{sum(report['expected_kl']):.3g} nats a token"
     )

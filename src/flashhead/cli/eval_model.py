@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--kv-dtype",
-        choices=("bf16", "fp8", "int8", "int4"),
+        choices=("bf16", "fp8", "int8", "int4", "mixed"),
         help="of MODEL's latents (default: as its folder says)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sources = [session.open_source(name) for name in (args.model, args.against)]
     from flashhead.evaluate.perplexity import compare, format_table
     from flashhead.evaluate.text import read_documents, token_windows
-    from flashhead.integrations.latent_model import latent_modules
+    from flashhead.integrations.latent_model import latent_modules, store_of
     from flashhead.integrations.transformers import load_dense, load_tokenizer
-    from flashhead.nn.token_store import StoreOptions
 
     tokenizers = [load_tokenizer(source) for source in sources]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.kv_dtype is not None:
             if not latent_modules(model):
                 raise FlashHeadError(f"--kv-dtype: {args.model} has no latent attention")
-            model.latent_store = StoreOptions(args.kv_dtype)
+            model.latent_store = store_of(args.kv_dtype)
         return model
 
     document = compare(

@@ -1,9 +1,10 @@
 """Heal a folder with latent attention: train it towards its teacher, in two stages, resumable.
 
 Stage a (a quarter of the tokens when both run) regresses every layer's attention on the teacher's;
-stage b distils the logits. Embeddings and head stay, so a folder's index stays valid. Masters and
-moments are float32; on a GPU products are bfloat16 by autocast. A run that is interrupted, by
-Ctrl-C or by its time limit, leaves `OUT/.heal`, and the same command goes on from there.
+stage b distils the logits. Latents are rounded as the folder's cache rounds them. Embeddings and
+head stay, so a folder's index stays valid. Masters and moments are float32; on a GPU products are
+bfloat16 by autocast. A run that is interrupted, by Ctrl-C or by its time limit, leaves `OUT/.heal`,
+and the same command goes on from there.
 """
 
 import contextlib
@@ -67,6 +68,8 @@ class Healing:
         self.held_out, self.rows = rows[:held], rows[held:]
         self.post = logit_postprocess(student.config)
         self.folder = out / ".heal"
+        for latent in self.latents.values():  # heal what the cache will do, too
+            latent.rounding = student.latent_store
         self.batch_rows = max(1, min(len(self.rows), options.batch_tokens // rows.shape[1]))
 
     def run(self, progress_bar: bool = True) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flashhead.convert.latent_factors import Maps, choose, maps, pieces, whole
+from flashhead.convert.latent_bits import choose_bits, lost_nats
+from flashhead.convert.latent_factors import Maps, Piece, choose, maps, pieces, whole
 from flashhead.convert.latent_statistics import Statistics, collect
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
 from flashhead.nn.latent_shape import LatentShape
+from flashhead.nn.mixed_bits import Counts
+from flashhead.nn.token_store import StoreOptions, bytes_per_token
 from flashhead.options_latent import LatentOptions
 
 if TYPE_CHECKING:
@@ -41,8 +44,9 @@ def make_latent(
         progress: progress bar on stderr.
 
     Returns:
-        JSON-able: `kv_ratio` (reached), `kv_dtype`, `rotary`, `widths` and `expected_kl` (nats a
-        token, of the text's statistics) a layer, `calibration_tokens`.
+        JSON-able: `kv_ratio` (of numbers) and `bytes_ratio` (of a bf16 cache's bytes, exact tokens
+        aside) as reached, `kv_dtype`, `rotary`, `widths` and `expected_kl` (nats a token, of the
+        text's statistics; with the kind mixed rounding is in it) a layer, `calibration_tokens`.
 
     Raises:
         FlashHeadError: an architecture that is not supported, too little text, a ratio too large.
@@ -61,15 +65,26 @@ def make_latent(
         statistics = statistics_of(exact, found, windows, options.seed, progress)
     shapes = [_shape(roles.exact, options.rotary) for roles in found]
     candidates = [pieces(layer, shape) for layer, shape in zip(statistics, shapes, strict=True)]
-    widths = [int(shape.kv_width / options.kv_ratio) for shape in shapes]
-    step = _step(shapes)
-    counts = choose(candidates, widths, options.ranks, step)
-    for roles, layer, options_of, count, shape in zip(
-        found, statistics, candidates, counts, shapes, strict=True
+    kept = _choose(candidates, shapes, options)
+    for roles, layer, options_of, (count, bits), shape in zip(
+        found, statistics, candidates, kept, shapes, strict=True
     ):
-        attention = build(roles, maps(layer, options_of[:count], shape))
+        attention = build(roles, maps(layer, options_of[:count], shape, bits))
         install(model, roles.name, attention.to(model.device, model.dtype))
-    return _report(found, candidates, counts, options, windows)
+    return _report(found, candidates, kept, options, windows)
+
+
+def _choose(
+    candidates: list[list[Piece]], shapes: list[LatentShape], options: LatentOptions
+) -> list[tuple[int, Counts | None]]:
+    """Pieces that each layer keeps, and how many of them in 8, 4 and 2 bits."""
+    step = _step(shapes)
+    if options.kv_dtype == "mixed":
+        budgets = [int(16 * shape.kv_width / options.kv_ratio) for shape in shapes]
+        bits = choose_bits(candidates, budgets, options.ranks, max(step, 4))
+        return [(sum(counts), counts) for counts in bits]
+    widths = [int(shape.kv_width / options.kv_ratio) for shape in shapes]
+    return [(count, None) for count in choose(candidates, widths, options.ranks, step)]
 
 
 def statistics_of(
@@ -152,16 +167,25 @@ def _no_statistics(shape: LatentShape) -> Statistics:
 def _report(
     found: "list[Roles]",
     candidates: list[Any],
-    counts: list[int],
+    kept: list[tuple[int, Counts | None]],
     options: LatentOptions,
     windows: list[Tensor],
 ) -> dict[str, Any]:
-    widths = [sum(p.cost for p in layer[:n]) for layer, n in zip(candidates, counts, strict=True)]
-    lost = [sum(p.gain for p in layer[n:]) for layer, n in zip(candidates, counts, strict=True)]
-    if not widths:
+    if not kept:
         raise FlashHeadError("the model has no attention layers")
+    widths, lost = [], []
+    for layer, (count, bits) in zip(candidates, kept, strict=True):
+        widths.append(sum(piece.cost for piece in layer[:count]))
+        dropped = sum(piece.gain for piece in layer[count:])
+        lost.append(dropped if bits is None else lost_nats(layer, bits))
+    before = sum(roles.exact.kv_width for roles in found)
+    bytes_kept = [
+        bytes_per_token(width, StoreOptions(options.kv_dtype), bits)
+        for width, (_, bits) in zip(widths, kept, strict=True)
+    ]
     return {
-        "kv_ratio": sum(roles.exact.kv_width for roles in found) / sum(widths),
+        "kv_ratio": before / sum(widths),
+        "bytes_ratio": 2 * before / sum(bytes_kept),
         "kv_dtype": options.kv_dtype,
         "rotary": options.rotary,
         "ranks": options.ranks,

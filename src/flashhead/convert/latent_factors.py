@@ -18,6 +18,7 @@ from torch import Tensor
 from flashhead.convert.latent_statistics import Statistics
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent_shape import LatentShape
+from flashhead.nn.mixed_bits import Counts
 
 FLOOR = 1e-5
 """Least eigenvalue of the Fisher information, of its largest: sampled, it has noise below."""
@@ -174,8 +175,10 @@ def _fitting(layer: list[Piece], width: int, step: int) -> int:
     return count
 
 
-def maps(statistics: Statistics, kept: list[Piece], shape: LatentShape) -> Maps:
-    """Projections that keep these pieces.
+def maps(
+    statistics: Statistics, kept: list[Piece], shape: LatentShape, bits: Counts | None = None
+) -> Maps:
+    """Projections that keep these pieces; whitened, if they are to be kept in mixed `bits`.
 
     Raises:
         FlashHeadError: none of them is a number of the latent.
@@ -184,16 +187,24 @@ def maps(statistics: Statistics, kept: list[Piece], shape: LatentShape) -> Maps:
     turning = sorted((p for p in kept if p.pair is not None), key=lambda piece: piece.pair or 0)
     if not plain:
         raise FlashHeadError("kv_ratio: nothing is left for a latent; ask for a smaller ratio")
+    if bits is not None:
+        plain = [_whitened(piece, statistics.covariance) for piece in plain]
     counts = [0] * (shape.rotary_dim // 2 if shape.rotary == "decoupled" else 0)
     for piece in turning:
         counts[piece.pair or 0] += 1
-    shape = dataclasses.replace(shape, rank=len(plain), components=tuple(counts))
+    shape = dataclasses.replace(shape, rank=len(plain), components=tuple(counts), bits=bits or ())
     heads, split = shape.kv_heads, shape.kv_heads * shape.head_dim
     rows, mixes = _rotary_rows(turning, shape, len(statistics.mean))
     read = torch.cat((rows, torch.stack([piece.read for piece in plain])))
     write = torch.stack([piece.write for piece in plain], 1)
     key_up = write[:split].unflatten(0, (heads, -1))[:, shape.head_dim - shape.fixed_dim :]
     return Maps(shape, read, key_up.flatten(0, 1), write[split:], mixes, statistics.mean)
+
+
+def _whitened(piece: Piece, covariance: Tensor) -> Piece:
+    """The same direction, of unit variance."""
+    size = float(piece.read @ covariance @ piece.read) ** 0.5 or 1.0
+    return dataclasses.replace(piece, read=piece.read / size, write=piece.write * size)
 
 
 def _rotary_rows(turning: list[Piece], shape: LatentShape, n: int) -> tuple[Tensor, Tensor]:

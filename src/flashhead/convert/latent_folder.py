@@ -23,9 +23,8 @@ def convert_attention(
             quantized already.
     """
     from flashhead.convert.latent import make_latent
-    from flashhead.integrations.latent_model import serve_latents
+    from flashhead.integrations.latent_model import serve_latents, store_of
     from flashhead.integrations.latent_text import file_windows, sample_documents
-    from flashhead.nn.token_store import StoreOptions
 
     if getattr(model.config, "quantization_config", None) is not None:
         raise FlashHeadError("the model is quantized already: convert its attention before that")
@@ -40,7 +39,7 @@ def convert_attention(
         )
         named = "sampled"
     report = make_latent(model, options, windows, progress=progress)
-    serve_latents(model, StoreOptions(options.kv_dtype))
+    serve_latents(model, store_of(options.kv_dtype))
     return {**report, "calibration": named}
 
 

@@ -12,12 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
+from flashhead.nn.mixed_bits import Counts
 from flashhead.nn.token_store import StoreOptions, TokenStore
 from flashhead.ops.latent_decode.rows import Rows
+
+SLIDING = "sliding_attention"
+"""As transformers' configs name a layer with a window."""
 
 
 class StoredLayer(CacheLayerMixin):
@@ -26,19 +30,30 @@ class StoredLayer(CacheLayerMixin):
     Args:
         options: how tokens are kept.
         window: tokens that a query sees; None: all.
+        counts: of the first stream's coordinates in 8, 4 and 2 bits, for the kind mixed.
         reserve: tokens that there is room for whenever memory is taken.
     """
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, options: StoreOptions, window: int | None = None, reserve: int = 0) -> None:
+    def __init__(
+        self,
+        options: StoreOptions,
+        window: int | None = None,
+        counts: Counts | None = None,
+        reserve: int = 0,
+    ) -> None:
         super().__init__()
         self.options, self.window, self.is_sliding = options, window, window is not None
-        self.reserve = reserve
-        self.stores = (TokenStore(options, reserve), TokenStore(options, reserve))
+        self.counts, self.reserve = counts, reserve
+        self.stores = self._empty()
         self.heads = (1, 1)
         self.seen, self.record_past = 0, False
+
+    def _empty(self) -> tuple[TokenStore, TokenStore]:
+        first, second = (TokenStore(self.options, self.counts, self.reserve) for _ in range(2))
+        return first, second
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember how heads are laid out."""
@@ -153,10 +168,7 @@ class StoredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stores = (
-            TokenStore(self.options, self.reserve),
-            TokenStore(self.options, self.reserve),
-        )
+        self.stores = self._empty()
         self.seen, self.is_initialized = 0, False
 
     def offload(self) -> None:
@@ -189,12 +201,17 @@ class StoredCache(Cache):
 
     Args:
         options: how tokens are kept.
-        windows: one a layer; None: no window.
+        layers: window (None: none) and counts of bits (None: not mixed) of each.
         reserve: tokens that there is room for whenever memory is taken.
     """
 
-    def __init__(self, options: StoreOptions, windows: list[int | None], reserve: int = 0) -> None:
-        super().__init__(layers=[StoredLayer(options, window, reserve) for window in windows])
+    def __init__(
+        self,
+        options: StoreOptions,
+        layers: list[tuple[int | None, Counts | None]],
+        reserve: int = 0,
+    ) -> None:
+        super().__init__(layers=[StoredLayer(options, *layer, reserve) for layer in layers])
         self.options = options
 
     def bytes_held(self) -> int:
@@ -279,7 +296,8 @@ class LatentCache(StoredCache):
         chosen = options or getattr(model, "latent_store", None) or StoreOptions()
         if reserve is None:
             reserve = 256 if modules[0].key_up.is_cuda else 0
-        super().__init__(chosen, [module.shape.window for module in modules], reserve)
+        shapes = [module.shape for module in modules]
+        super().__init__(chosen, [(shape.window, shape.counts) for shape in shapes], reserve)
 
     def append_rows(
         self, latent: Tensor, rotary: Tensor, layer_idx: int
@@ -304,5 +322,9 @@ class RoundedCache(StoredCache):
     """
 
     def __init__(self, config: Any, options: StoreOptions) -> None:
-        _, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        super().__init__(options, [layer.get("sliding_window") for layer in kwargs])
+        text = config.get_text_config(decoder=True)
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None)
+        if kinds is None:
+            kinds = ["full_attention" if window is None else SLIDING] * text.num_hidden_layers
+        super().__init__(options, [(window if k == SLIDING else None, None) for k in kinds])

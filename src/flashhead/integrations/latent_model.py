@@ -22,8 +22,10 @@ from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.token_store import StoreOptions
 
 SECTION = "flashhead_latent"
-VERSION = 1
+VERSION = 2
 MODEL_TYPE = "flashhead_latent"
+EXACT_FIRST = 1
+"""Tokens at the start that the kind mixed leaves as they are: the first is no Gaussian."""
 _FIELDS = {"version", "model_type", "kv_dtype", "layers"}
 
 
@@ -122,8 +124,13 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
     if bad:
         raise FlashHeadError(f"{source}: {len(bad)} tensors missing or not known, such as {bad[0]}")
     _give_angles(model)
-    serve_latents(model, StoreOptions(section["kv_dtype"]))
+    serve_latents(model, store_of(section["kv_dtype"]))
     return model
+
+
+def store_of(kv_dtype: str) -> StoreOptions:
+    """How a folder's cache keeps tokens; in few bits, attention sinks stay as they are."""
+    return StoreOptions(kv_dtype, exact_first=EXACT_FIRST if kv_dtype == "mixed" else 0)
 
 
 def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) -> Any:
@@ -136,7 +143,7 @@ def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) ->
             )
         for name, shape in shapes.items():
             roles = found[name]
-            free = ("rank", "rotary", "components", "norm", "key_constant")
+            free = ("rank", "rotary", "components", "norm", "key_constant", "bits")
             for field in LatentShape.__dataclass_fields__:
                 want, got = getattr(roles.exact, field), getattr(shape, field)
                 if field not in free and got != want:

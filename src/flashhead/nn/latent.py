@@ -27,6 +27,7 @@ from flashhead.errors import FlashHeadError
 from flashhead.nn import latent_kernel
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
+from flashhead.nn.token_store import StoreOptions, round_through
 
 ABSORBED_QUERIES = 8
 """Up to how many queries a row the absorbed form is taken, where a cache is read."""
@@ -70,6 +71,8 @@ class LatentAttention(nn.Module):
         """"absorbed" or "materialised" (eager, the specification), "kernel" (decode steps through
         `ops.latent_decode`), or "auto": "kernel" on a GPU, else absorbed for few queries.
         """
+        self.rounding: StoreOptions | None = None
+        """Without a cache: round latents as a cache of this kind would (training)."""
         d, width = shape.hidden_size, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(d, shape.heads * shape.head_dim, bias=shape.query_bias)
         self.o_proj = nn.Linear(shape.heads * shape.value_dim, d, bias=shape.output_bias)
@@ -131,6 +134,9 @@ class LatentAttention(nn.Module):
             return self._decode(
                 hidden_states, latent, rotary, attention_mask, past_key_values
             ), None
+        if past_key_values is None and self.rounding is not None:
+            latent = round_through(latent, self.rounding, self.shape.counts)
+            rotary = round_through(rotary, self.rounding) if rotary.shape[-1] else rotary
         if past_key_values is not None:
             latent, rotary = (
                 held.squeeze(1)

@@ -15,7 +15,7 @@ from flashhead.errors import FlashHeadError
 from flashhead.ops.latent_decode.api import MOST_HEADS, MOST_RANK, MOST_ROTARY, latent_decode
 from flashhead.ops.latent_decode.rebuilt import latent_decode_rebuilt
 from flashhead.ops.latent_decode.reference import KeyUp
-from flashhead.ops.latent_decode.rows import Rows
+from flashhead.ops.latent_decode.rows import KINDS, Rows
 
 if TYPE_CHECKING:
     from flashhead.nn.latent import LatentAttention
@@ -41,17 +41,22 @@ def wanted(module: "LatentAttention", cache: object, tokens: int, device: torch.
     if module.mode not in ("auto", "kernel") or tokens != 1 or cache is None:
         return False
     if module.mode == "kernel":
-        reason = unfit(module, device)
-        if not hasattr(cache, "append_rows"):
-            reason = f"a {type(cache).__name__}, wanted a LatentCache"
+        reason = _cache_unfit(cache) or unfit(module, device)
         if reason:
             raise FlashHeadError(f"mode='kernel': {reason}")
         return True
     if module.training or device.type != "cuda" or not hasattr(cache, "append_rows"):
         return False
-    reason = unfit(module, device)
+    reason = _cache_unfit(cache) or unfit(module, device)
     _say(reason)
     return not reason
+
+
+def _cache_unfit(cache: object) -> str:
+    if not hasattr(cache, "append_rows"):
+        return f"a {type(cache).__name__}, wanted a LatentCache"
+    kind = cache.options.kind if hasattr(cache, "options") else ""
+    return "" if kind in KINDS else f"latents kept as {kind!r}: wanted one of {', '.join(KINDS)}"
 
 
 def unfit(module: "LatentAttention", device: torch.device) -> str:

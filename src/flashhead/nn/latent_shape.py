@@ -31,6 +31,8 @@ class LatentShape:
             normed keys and values: models that norm their keys).
         norm: RMSNorm on the latent.
         key_constant: a constant part of the keys, which no cache holds.
+        bits: numbers of the latent that the kind mixed keeps in 8, 4 and 2 bits; (): not made for
+            it.
 
     Raises:
         FlashHeadError: sizes that do not fit each other.
@@ -52,6 +54,7 @@ class LatentShape:
     encoder: str = "hidden"
     norm: bool = False
     key_constant: bool = True
+    bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._require_sizes()
@@ -76,6 +79,8 @@ class LatentShape:
             raise FlashHeadError(
                 f"rank={self.rank}: wanted at most {self.kv_width}, all of keys and values"
             )
+        if self.bits:
+            self._require_bits()
 
     def _require_sizes(self) -> None:
         least = {"hidden_size": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "value_dim": 1}
@@ -87,6 +92,23 @@ class LatentShape:
             raise FlashHeadError(f"window={self.window!r}: wanted a positive integer or None")
         if not isinstance(self.scale, float) or not 0 < self.scale < float("inf"):
             raise FlashHeadError(f"scale={self.scale!r}: wanted a positive number")
+
+    def _require_bits(self) -> None:
+        divisors = (1, 2, 4)
+        whole = len(self.bits) == 3 and all(
+            type(n) is int and n >= 0 and n % d == 0
+            for n, d in zip(self.bits, divisors, strict=True)
+        )
+        if not whole or sum(self.bits) != self.rank or self.rotary != "rebuilt":
+            raise FlashHeadError(
+                f"bits={self.bits}: wanted counts in 8, 4 and 2 bits, the second even, the third a "
+                f"multiple of 4, {self.rank} in all, with rebuilt keys"
+            )
+
+    @property
+    def counts(self) -> tuple[int, int, int] | None:
+        """`bits`, or None if the latent was not made for them."""
+        return (self.bits[0], self.bits[1], self.bits[2]) if self.bits else None
 
     @property
     def kv_width(self) -> int:
@@ -110,7 +132,11 @@ class LatentShape:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
-        return {**dataclasses.asdict(self), "components": list(self.components)}
+        return {
+            **dataclasses.asdict(self),
+            "components": list(self.components),
+            "bits": list(self.bits),
+        }
 
     @classmethod
     def from_json(cls, values: Any) -> "LatentShape":
@@ -123,10 +149,11 @@ class LatentShape:
         if not isinstance(values, dict) or set(values) != names:
             wanted = ", ".join(sorted(names))
             raise FlashHeadError(f"flashhead_latent: a layer's fields: wanted {wanted}")
-        components = values["components"]
-        if not isinstance(components, list) or any(type(c) is not int for c in components):
-            raise FlashHeadError(f"components={components!r}: wanted a list of integers")
+        lists = {name: values[name] for name in ("components", "bits")}
+        for name, value in lists.items():
+            if not isinstance(value, list) or any(type(c) is not int for c in value):
+                raise FlashHeadError(f"{name}={value!r}: wanted a list of integers")
         for name in ("query_bias", "output_bias", "norm", "key_constant"):
             if type(values[name]) is not bool:
                 raise FlashHeadError(f"{name}={values[name]!r}: wanted true or false")
-        return cls(**{**values, "components": tuple(components)})
+        return cls(**{**values, **{name: tuple(value) for name, value in lists.items()}})

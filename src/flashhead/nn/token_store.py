@@ -1,8 +1,9 @@
 """Vectors of tokens, kept in few bits: what a cache is made of.
 
-How a vector is coded says `ops.latent_decode.rows`. The first and the last tokens can stay exact:
-attention sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w; int8 and fp8
-(e4m3) w + 2 a group; int4 w / 2 + 2 a group.
+How a vector is coded says `ops.latent_decode.rows`; "mixed" is for latents made for it: 8,
+4 and 2 bits a coordinate and one scale a token (`mixed_bits.py`). The first and the last tokens can
+stay exact: attention sinks and the latest tokens are read most. Bytes a token of width w: bf16 2w;
+int8 and fp8 (e4m3) w + 2 a group; int4 w / 2 + 2 a group; mixed what its widths take, + 2.
 """
 
 import dataclasses
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor
 
 from flashhead.errors import FlashHeadError
-from flashhead.ops.latent_decode.rows import KINDS, Rows, dequantize, quantize
+from flashhead.nn import mixed_bits
+from flashhead.nn.mixed_bits import Counts
+from flashhead.ops.latent_decode.rows import KINDS as CODED
+from flashhead.ops.latent_decode.rows import Rows, dequantize, quantize
+
+KINDS = (*CODED, "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +26,7 @@ class StoreOptions:
     """How tokens are kept.
 
     Args:
-        kind: "bf16" (the dtype that comes in), "fp8", "int8" or "int4".
+        kind: "bf16" (the dtype that comes in), "fp8", "int8", "int4" or "mixed".
         group: coordinates that share a scale, 2 or more, even.
         exact_first: tokens at the start that stay in the dtype that came in.
         exact_last: tokens at the end that do.
@@ -45,17 +51,68 @@ class StoreOptions:
                 raise FlashHeadError(f"{name}={value!r}: wanted 0 or a positive integer")
 
 
+def encode(x: Tensor, options: StoreOptions, counts: Counts | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of floating `[..., width]`: `ops.latent_decode.rows.quantize`, or
+    `mixed_bits.encode` with the counts of its widths.
+    """
+    if options.kind == "mixed":
+        assert counts is not None
+        return mixed_bits.encode(x, counts)
+    return quantize(x, options.kind, options.group)
+
+
+def decode(
+    codes: Tensor,
+    scale: Tensor,
+    width: int,
+    kind: str,
+    dtype: torch.dtype,
+    counts: Counts | None = None,
+) -> Tensor:
+    """The way back: `[..., width]`."""
+    if kind == "mixed":
+        assert counts is not None
+        return mixed_bits.decode(codes, scale, counts, dtype)
+    return dequantize(codes, scale, width, kind, dtype)
+
+
+def round_through(x: Tensor, options: StoreOptions, counts: Counts | None = None) -> Tensor:
+    """What a store would give back, with the gradient of the identity (the straight-through
+    estimator, arXiv 1308.3432), for training.
+
+    Args:
+        x: floating `[batch, tokens, width]`, whole texts.
+        options: how tokens are kept; `exact_last` counts for nothing.
+        counts: as in `encode`.
+    """
+    if options.kind == "bf16":
+        return x
+    with torch.no_grad():
+        codes, scale = encode(x, options, counts)
+        off = decode(codes, scale, x.shape[-1], options.kind, x.dtype, counts) - x
+        off[:, : options.exact_first] = 0
+    return x + off
+
+
 class TokenStore:
     """Growing `[batch, tokens, width]`: exact first tokens, codes, exact last tokens.
 
     Args:
         options: how tokens are kept.
+        counts: coordinates in 8, 4 and 2 bits, for the kind mixed.
         reserve: tokens that there is room for whenever memory is taken, so that not every token
             copies all before it; counted in `bytes_held`.
+
+    Raises:
+        FlashHeadError: the kind mixed without counts.
     """
 
-    def __init__(self, options: StoreOptions, reserve: int = 0) -> None:
-        self.options, self.reserve = options, reserve
+    def __init__(
+        self, options: StoreOptions, counts: Counts | None = None, reserve: int = 0
+    ) -> None:
+        if options.kind == "mixed" and counts is None:
+            raise FlashHeadError("kv_dtype='mixed': wanted latents that were converted for it")
+        self.options, self.counts, self.reserve = options, counts, reserve
         self._rooms: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         """"first" and "last" (exact) `[batch, n, width]`, "codes" and "scale" between them."""
@@ -84,12 +141,13 @@ class TokenStore:
         """All tokens: `[batch, tokens, width]` in the dtype that came in."""
         parts = [self.parts["first"], self.parts["last"]]
         if self.parts["codes"].shape[1]:
-            middle = dequantize(
+            middle = decode(
                 self.parts["codes"],
                 self.parts["scale"],
                 self.width,
                 self.options.kind,
                 parts[0].dtype,
+                self.counts,
             )
             parts.insert(1, middle)
         parts = [part for part in parts if part.shape[1]] or parts[:1]
@@ -149,6 +207,8 @@ class TokenStore:
         wanted = {"first": width, "last": width, "codes": padded, "scale": padded // group}
         wanted["codes"] = padded // 2 if kind == "int4" else 0 if kind == "bf16" else padded
         wanted["scale"] = 0 if kind == "bf16" else padded // group
+        if self.counts is not None:
+            wanted["codes"], wanted["scale"] = mixed_bits.code_bytes(self.counts), 1
         for name, part in parts.items():
             if part.dim() != 3 or part.shape[2] != wanted[name]:
                 raise FlashHeadError(
@@ -160,12 +220,12 @@ class TokenStore:
         empty = x[:, :0].clone()
         codes, scale = empty[..., :0], empty[..., :0]
         if self.options.kind != "bf16":
-            codes, scale = quantize(empty, self.options.kind, self.options.group)
+            codes, scale = encode(empty, self.options, self.counts)
         self.parts = {"first": empty, "codes": codes, "scale": scale, "last": empty}
         self.width = x.shape[-1]
 
     def _code(self, x: Tensor) -> None:
-        coded = quantize(x, self.options.kind, self.options.group)
+        coded = encode(x, self.options, self.counts)
         for name, new in zip(("codes", "scale"), coded, strict=True):
             self._extend(name, new)
 
@@ -190,8 +250,10 @@ class TokenStore:
         self._rooms.pop(name, None)
 
 
-def bytes_per_token(width: int, options: StoreOptions) -> float:
+def bytes_per_token(width: int, options: StoreOptions, counts: Counts | None = None) -> float:
     """Bytes that one token of `width` numbers takes, exact ones aside; bf16 counts 2 a number."""
+    if counts is not None and options.kind == "mixed":
+        return mixed_bits.code_bytes(counts) + 2.0
     if options.kind == "bf16":
         return 2.0 * width
     group = min(options.group, width + width % 2)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashhead.integrations.vllm.find_index import Head, find_index
+from flashhead.integrations.vllm.ranks import ANY, agree
 from flashhead.integrations.vllm.requests import SPECULATIVE_NEEDS, Need, tracker_of
 from flashhead.integrations.vllm.winners import gives_winners, searched_winners
 from flashhead.nn.head import FlashHead
@@ -82,8 +84,10 @@ class FlashHeadMethod(QuantizeMethodBase):
         self.is_gathered, self.is_ready = layer.tp_size > 1, True
         options, start = self.config.options, time.perf_counter()
         weight, first_row, vocab_size = _own_rows(layer)
-        if not len(weight):
-            return  # a rank of padding only
+        if not len(weight):  # a rank of padding only
+            if self.is_gathered:
+                agree(ANY, get_tp_group().cpu_group)
+            return
         head = Head(
             weight,
             first_row,
@@ -106,6 +110,10 @@ class FlashHeadMethod(QuantizeMethodBase):
             sample=None if sample is None else sample.to(weight.dtype),
             crossover=None if given is None else Crossover(given, given),
         )
+        if self.is_gathered:
+            own = Crossover(self.head.crossover_rows, self.head.token_crossover_rows)
+            agreed = agree(own, get_tp_group().cpu_group)
+            self.head.crossover_rows, self.head.token_crossover_rows = agreed.logits, agreed.token
         self.index_bytes = sum(tensor.nbytes for tensor in index.tensors().values())
         _log.info(
             "FlashHead on %s%s: index %s (%.0f MB beside a head of %.0f MB), impl %s, searched up "
