@@ -8,10 +8,9 @@ The products are those of `triton`, in chunks of 128 coordinates, each chunk in 
 As soon as chunk c has been multiplied with the weights its buffer is filled with the next tile's,
 so memory is read while the tensor cores work, although a tile of 1,024 coordinates leaves no room
 for a second one. A barrier goes before each: the compiler does not see that the other warp group
-may still read. Codes come through registers: the next tile's words are widened to float16 into
-each buffer that is done, and their scores are begun, while the products of the other buffers run.
-Layouts must be what the tensor cores want, which is why this is Gluon and not Triton. No program
-waits for another.
+may still read. Codes come through registers: the next tile's words are loaded while this one is
+scored, and widened to float16 once it has been summed. Layouts must be what the tensor cores want,
+which is why this is Gluon and not Triton. No program waits for another.
 """
 
 from triton.experimental import gluon
@@ -310,7 +309,7 @@ def _hopper_kernel(
         scale_offset, _ = _rows(
             begin, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
         )
-    if (ROTARY > 0) & (KIND == "bf16"):
+    if ROTARY > 0:
         turned_offset, turned_inside = _rows(
             begin, start, end, table_ptr, stride_rb, stride_rt, PAGE, gl.SliceLayout(1, COPY_R)
         )
@@ -371,7 +370,7 @@ def _hopper_kernel(
 
     most = gl.full([BLOCK_H], float("-inf"), gl.float32, OF_SCORES)
     # summed over tokens once, at the end, where there are registers for it
-    LATE: gl.constexpr = BLOCK_H < 64
+    LATE: gl.constexpr = (BLOCK_H < 64) & ((KIND == "bf16") | (KIND == "int4"))
     total = gl.zeros([BLOCK_H], gl.float32, OF_SCORES)
     if LATE:
         totals = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
@@ -379,15 +378,7 @@ def _hopper_kernel(
     for _c in gl.static_range(CHUNKS):
         sums = sums + (gl.zeros([CHUNK, BLOCK_H], gl.float32, SUMS),)
     of_token: gl.constexpr = gl.SliceLayout(1, SCORES)
-    first_tile = begin
-    if KIND != "bf16":
-        # codes: a tile is widened and scored while the one before is summed; before the first one
-        # there is a tile of nothing
-        first_tile = begin - TOKENS
-        for c in gl.static_range(CHUNKS):
-            buffers[c].store(gl.zeros([TOKENS, CHUNK], exact, COPY))
-        ahead = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
-    for n in range(first_tile, end, TOKENS):
+    for n in range(begin, end, TOKENS):
         if KIND == "bf16":
             offset, inside = _rows(
                 n + TOKENS,
@@ -399,28 +390,51 @@ def _hopper_kernel(
                 PAGE,
                 gl.SliceLayout(1, COPY),
             )
-            scores = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
-            if ROTARY > 0:
-                async_copy.wait_group(CHUNKS)
-                fence_async_shared()
-                scores = warpgroup_mma(
-                    turned_buffer, turned_query.permute((1, 0)), scores, is_async=True
-                )
-            for c in gl.static_range(CHUNKS):
-                async_copy.wait_group(CHUNKS - 1 - c)
-                fence_async_shared()
-                scores = warpgroup_mma(
-                    buffers[c], queries[c].permute((1, 0)), scores, is_async=True
-                )
-            scores = warpgroup_mma_wait(0, deps=[scores])
         else:
-            scores = ahead
             offset, inside = _rows(
-                n + 2 * TOKENS, start, end, table_ptr, stride_lb, stride_lt, PAGE, CODED_ROWS
+                n + TOKENS, start, end, table_ptr, stride_lb, stride_lt, PAGE, CODED_ROWS
             )
             scale_offset, _ = _rows(
-                n + 2 * TOKENS, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
+                n + TOKENS, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
             )
+            for c in gl.static_range(CHUNKS):
+                _store_codes(buffers[c], words[c], scales[c], KIND, PAIRS, SHARED_W)
+            if ROTARY > 0:
+                async_copy.wait_group(0)
+            fence_async_shared()
+        scores = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
+        if ROTARY > 0:
+            if KIND == "bf16":
+                async_copy.wait_group(CHUNKS)
+                fence_async_shared()
+            scores = warpgroup_mma(
+                turned_buffer, turned_query.permute((1, 0)), scores, is_async=True
+            )
+        for c in gl.static_range(CHUNKS):
+            if KIND == "bf16":
+                async_copy.wait_group(CHUNKS - 1 - c)
+                fence_async_shared()
+            scores = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), scores, is_async=True)
+        if KIND != "bf16":
+            # a fence waits for loads: the next one is behind the softmax
+            words = ()
+            scales = ()
+            for c in gl.static_range(CHUNKS):
+                w, s = _load_codes(
+                    latent_ptr,
+                    latent_scale_ptr,
+                    offset,
+                    scale_offset,
+                    inside,
+                    c,
+                    WORDS,
+                    GROUPS,
+                    COUNT,
+                    CODED,
+                )
+                words = words + (w,)
+                scales = scales + (s,)
+        scores = warpgroup_mma_wait(0, deps=[scores])
         if ROTARY > 0:
             gl.thread_barrier()  # the other warp group may still be reading what is copied over
             turned_offset, turned_inside = _rows(
@@ -438,7 +452,7 @@ def _hopper_kernel(
             )
         scores = scores * factor[None, :]
         token = n + gl.arange(0, TOKENS, of_token)
-        seen = (token < end) & (token >= gl.maximum(start, begin))
+        seen = (token < end) & (token >= start)
         if HAS_BIAS:
             own_ptr = bias_ptr + token[:, None] + head[None, :] * stride_bh
             bias = gl.load(own_ptr, mask=seen[:, None] & (head < heads)[None, :], other=0)
@@ -466,51 +480,14 @@ def _hopper_kernel(
                 warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded[c], is_async=True),
             )
         sums = ()
-        if KIND == "bf16":
-            for c in gl.static_range(CHUNKS):
-                done = warpgroup_mma_wait(CHUNKS - 1 - c, deps=[running[c]])
-                sums = sums + (done,)
+        for c in gl.static_range(CHUNKS):
+            done = warpgroup_mma_wait(CHUNKS - 1 - c, deps=[running[c]])
+            sums = sums + (done,)
+            if KIND == "bf16":
                 gl.thread_barrier()
                 _copy(buffers[c], latent_ptr, offset, inside, c * CHUNK, RANK, CHUNK, COPY)
-        else:
-            ahead = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
-            for c in gl.static_range(CHUNKS):
-                # CHUNKS products are on their way: the oldest is this chunk's
-                done = warpgroup_mma_wait(CHUNKS - 1, deps=[running[c]])
-                sums = sums + (done,)
-                gl.thread_barrier()
-                _store_codes(buffers[c], words[c], scales[c], KIND, PAIRS, SHARED_W)
-                fence_async_shared()
-                ahead = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), ahead, is_async=True)
-            if ROTARY > 0:
-                async_copy.wait_group(0)
-                fence_async_shared()
-                ahead = warpgroup_mma(
-                    turned_buffer, turned_query.permute((1, 0)), ahead, is_async=True
-                )
-            # a fence waits for loads: none comes before the next tile is ready to be summed
-            words = ()
-            scales = ()
-            for c in gl.static_range(CHUNKS):
-                w, s = _load_codes(
-                    latent_ptr,
-                    latent_scale_ptr,
-                    offset,
-                    scale_offset,
-                    inside,
-                    c,
-                    WORDS,
-                    GROUPS,
-                    COUNT,
-                    CODED,
-                )
-                words = words + (w,)
-                scales = scales + (s,)
-            waited = warpgroup_mma_wait(0, deps=(ahead,) + sums)
-            ahead = waited[0]
-            sums = ()
-            for c in gl.static_range(CHUNKS):
-                sums = sums + (waited[c + 1],)
+        if KIND != "bf16":
+            gl.thread_barrier()
     async_copy.wait_group(0)
 
     if LATE:
