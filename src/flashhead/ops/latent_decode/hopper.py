@@ -8,9 +8,9 @@ The products are those of `triton`, in chunks of 128 coordinates, each chunk in 
 As soon as chunk c has been multiplied with the weights its buffer is filled with the next tile's,
 so memory is read while the tensor cores work, although a tile of 1,024 coordinates leaves no room
 for a second one. A barrier goes before each: the compiler does not see that the other warp group
-may still read. Codes come through registers: the next tile's words are loaded while this one is
-scored, and widened to float16 once it has been summed. Layouts must be what the tensor cores want,
-which is why this is Gluon and not Triton. No program waits for another.
+may still read. Codes come through registers: the next tile's words are loaded before this one's
+products and widened to float16 after them. Layouts must be what the tensor cores want, which is why
+this is Gluon and not Triton. No lane waits for another program.
 """
 
 from triton.experimental import gluon
@@ -195,7 +195,7 @@ def _query(
     return part.to(gl.float32)
 
 
-@gluon.jit(do_not_specialize=["splits", "stride_lsb", "stride_bb", "stride_bh", "stride_table"])
+@gluon.jit(do_not_specialize=["splits", "stride_bb", "stride_bh", "stride_table"])
 def _hopper_kernel(
     query_ptr,
     latent_ptr,
@@ -246,11 +246,7 @@ def _hopper_kernel(
         COPY if ROTARY_W == 128 else gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     )
     CODED: gl.constexpr = gl.BlockedLayout(
-        # lanes that store together are in different rows: other banks
-        [1, 1, 4],
-        [8, 2, 2] if KIND == "int4" else [4, 2, 4],
-        [8, 1, 1],
-        [2, 0, 1],
+        [1, 1, 4], [8, 2, 2] if KIND == "int4" else [4, 2, 4], [8, 1, 1], [2, 1, 0]
     )
     CODED_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODED))
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, CHUNK], exact)
@@ -369,11 +365,7 @@ def _hopper_kernel(
     factor = gl.convert_layout(largest, OF_SCORES) * (scale * 1.4426950408889634)
 
     most = gl.full([BLOCK_H], float("-inf"), gl.float32, OF_SCORES)
-    # summed over tokens once, at the end, where there are registers for it
-    LATE: gl.constexpr = (BLOCK_H < 64) & ((KIND == "bf16") | (KIND == "int4"))
     total = gl.zeros([BLOCK_H], gl.float32, OF_SCORES)
-    if LATE:
-        totals = gl.zeros([TOKENS, BLOCK_H], gl.float32, SCORES)
     sums = ()
     for _c in gl.static_range(CHUNKS):
         sums = sums + (gl.zeros([CHUNK, BLOCK_H], gl.float32, SUMS),)
@@ -397,8 +389,26 @@ def _hopper_kernel(
             scale_offset, _ = _rows(
                 n + TOKENS, start, end, table_ptr, stride_lsb, stride_lst, PAGE, CODED_ROWS
             )
+            next_words = ()
+            next_scales = ()
             for c in gl.static_range(CHUNKS):
                 _store_codes(buffers[c], words[c], scales[c], KIND, PAIRS, SHARED_W)
+                w, s = _load_codes(
+                    latent_ptr,
+                    latent_scale_ptr,
+                    offset,
+                    scale_offset,
+                    inside,
+                    c,
+                    WORDS,
+                    GROUPS,
+                    COUNT,
+                    CODED,
+                )
+                next_words = next_words + (w,)
+                next_scales = next_scales + (s,)
+            words = next_words
+            scales = next_scales
             if ROTARY > 0:
                 async_copy.wait_group(0)
             fence_async_shared()
@@ -415,25 +425,6 @@ def _hopper_kernel(
                 async_copy.wait_group(CHUNKS - 1 - c)
                 fence_async_shared()
             scores = warpgroup_mma(buffers[c], queries[c].permute((1, 0)), scores, is_async=True)
-        if KIND != "bf16":
-            # a fence waits for loads: the next one is behind the softmax
-            words = ()
-            scales = ()
-            for c in gl.static_range(CHUNKS):
-                w, s = _load_codes(
-                    latent_ptr,
-                    latent_scale_ptr,
-                    offset,
-                    scale_offset,
-                    inside,
-                    c,
-                    WORDS,
-                    GROUPS,
-                    COUNT,
-                    CODED,
-                )
-                words = words + (w,)
-                scales = scales + (s,)
         scores = warpgroup_mma_wait(0, deps=[scores])
         if ROTARY > 0:
             gl.thread_barrier()  # the other warp group may still be reading what is copied over
@@ -462,22 +453,16 @@ def _hopper_kernel(
         shift = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no inf - inf
         weights = gl.exp2(scores - shift[None, :])
         fade = gl.exp2(most - shift)
-        if LATE:
-            totals = totals * fade[None, :] + weights
-        else:
-            total = total * fade + gl.sum(weights, 0)
+        total = total * fade + gl.sum(weights, 0)
         most = new
         weights_buffer.store(weights.to(exact))
         fade = gl.convert_layout(fade, OF_SUMS)
         fence_async_shared()
-        # all at once: between products the compiler would wait for those before
-        faded = ()
-        for c in gl.static_range(CHUNKS):
-            faded = faded + (sums[c] * fade[None, :],)
         running = ()
         for c in gl.static_range(CHUNKS):
+            faded = sums[c] * fade[None, :]
             running = running + (
-                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded[c], is_async=True),
+                warpgroup_mma(buffers[c].permute((1, 0)), weights_buffer, faded, is_async=True),
             )
         sums = ()
         for c in gl.static_range(CHUNKS):
@@ -490,8 +475,6 @@ def _hopper_kernel(
             gl.thread_barrier()
     async_copy.wait_group(0)
 
-    if LATE:
-        total = gl.sum(totals, 0)
     reciprocal = gl.where(total == 0, 0.0, 1.0 / total)
     lse = (most + gl.log2(total)) * 0.6931471805599453
     gl.store(lse_ptr + place + head, lse, mask=head < heads)
