@@ -169,3 +169,22 @@ def test_latents_of_another_kind_are_refused():
         LatentCache(model, StoreOptions("mixed"))
     with pytest.raises(FlashHeadError, match="rebuilt"):
         LatentOptions(kv_dtype="mixed", rotary="decoupled")
+
+
+@pytest.mark.parametrize("family", ["biases", "qwen3", "gemma3", "partial-rotary"])
+@torch.no_grad()
+def test_eight_bits_of_every_family_change_little(family):
+    """Biases, normed keys, windows: a mean or a scale that is lost only when numbers are coded."""
+    exact = tiny(family)
+    tokens = ids(2, 40)
+    wanted = exact(tokens, use_cache=False).logits
+    off = {}
+    for ratio, kind in ((2.0, "mixed"), (2.0, "bf16"), (1.0, "int4")):
+        model = tiny(family)
+        options = LatentOptions(kv_ratio=ratio, kv_dtype=kind)
+        make_latent(model, options, windows(), progress=False)
+        serve_latents(model, store_of(kind))
+        found = model(tokens, past_key_values=LatentCache(model), use_cache=True).logits
+        off[kind] = float((found - wanted).square().mean())
+    assert off["mixed"] < off["int4"]
+    assert off["mixed"] < off["bf16"]
