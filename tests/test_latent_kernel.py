@@ -150,14 +150,12 @@ def test_merge_of_runs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", STORES, ids=lambda options: f"{options.kind}{options.group}")
 def test_on_a_gpu(options, model):
-    """mode="auto" that stays eager, or kernels that differ, on a GPU in bfloat16."""
+    """Kernels that differ from the eager form on a GPU in bfloat16."""
     on_gpu = model.to("cuda", torch.bfloat16)
     try:
         tokens = ids(2, 30).cuda()
         exact = steps(on_gpu, "absorbed", LatentCache(on_gpu, options), tokens)
         found = steps(on_gpu, "kernel", LatentCache(on_gpu, options), tokens)
-        auto = steps(on_gpu, "auto", LatentCache(on_gpu, options), tokens)
-        assert torch.equal(found, auto)
         assert (found - exact).norm() <= 0.03 * exact.norm()
     finally:
         model.to("cpu", torch.float32)

@@ -69,7 +69,8 @@ class LatentAttention(nn.Module):
         self.shape, self._table, self.layer_idx = shape, table, layer_idx
         self.mode = "auto"
         """"absorbed" or "materialised" (eager, the specification), "kernel" (decode steps through
-        `ops.latent_decode`), or "auto": "kernel" on a GPU, else absorbed for few queries.
+        `ops.latent_decode`), or "auto": "kernel" on a GPU for decoupled
+        keys, else absorbed for few queries.
         """
         self.rounding: StoreOptions | None = None
         """Without a cache: round latents as a cache of this kind would (training)."""

@@ -48,6 +48,8 @@ def wanted(module: "LatentAttention", cache: object, tokens: int, device: torch.
     if module.training or device.type != "cuda" or not hasattr(cache, "append_rows"):
         return False
     reason = _cache_unfit(cache) or unfit(module, device)
+    if not reason and module.shape.rotary == "rebuilt":
+        reason = "the kernel that rebuilds keys has not run on a card yet: mode='kernel' takes it"
     _say(reason)
     return not reason
 
