@@ -16,7 +16,6 @@ from torch import Tensor
 _STEP = {1: 2.507, 2: 1.25, 4: 0.38}
 """Base step in units of the root mean square, by base bits. 1 bit: the scale is then the root mean
 square; else a little wider than best for the base alone, for the planes (docs/log.md)."""
-_FIT_ROWS = 2048
 _FIT_STEPS = 12
 
 
@@ -56,19 +55,17 @@ class CodedSegment:
 
 def fit_quantizer(values: Tensor, bits: int, planes: int) -> Quantizer:
     """Fit the rounding of each plane on some rows `float32[n, dims]`, by bisection."""
-    stride = max(1, len(values) // _FIT_ROWS)
-    rows = values[::stride][:_FIT_ROWS]
     rounding: tuple[float, ...] = ()
-    code, scale = _base(rows, bits, _STEP[bits])
+    code, scale = _base(values, bits, _STEP[bits])
     for plane in range(1, planes + 1):
         step, low, high = _STEP[bits] / 4**plane, 0.5, 0.65
         for _ in range(_FIT_STEPS):
             middle = (low + high) / 2
-            finer = code + (_fine(rows, code, scale, step, middle) - 1.5) * step
-            short = (rows * (rows - scale * finer)).sum() > 0
+            finer = code + (_fine(values, code, scale, step, middle) - 1.5) * step
+            short = (values * (values - scale * finer)).sum() > 0
             low, high = (middle, high) if short else (low, middle)
         rounding += ((low + high) / 2,)
-        code = code + (_fine(rows, code, scale, step, rounding[-1]) - 1.5) * step
+        code = code + (_fine(values, code, scale, step, rounding[-1]) - 1.5) * step
     return Quantizer(bits, _STEP[bits], rounding)
 
 
