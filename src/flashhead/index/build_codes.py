@@ -84,9 +84,7 @@ def build_codes_expecting(
     chunks = weight.split(_chunk_rows(weight))
     for chunk in tqdm(chunks, desc="codes", unit="chunk", disable=not progress, leave=False):
         coordinates = _centred(chunk, exact) @ inverse
-        parts.append(
-            _encode(coordinates[:, -1], coordinates[:, :-1].split(dims, 1), quantizers)
-        )
+        parts.append(_encode(coordinates[:, -1], coordinates[:, :-1].split(dims, 1), quantizers))
     segments = _segments(widths, quantizers, parts)
     index = CodesIndex(
         base=_blocked(torch.cat([part.base for part in parts])),
