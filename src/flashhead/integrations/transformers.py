@@ -28,6 +28,7 @@ from flashhead.integrations.calibration import (
 )
 from flashhead.integrations.latent_model import load_latent, read_section
 from flashhead.integrations.packed import pack_body
+from flashhead.integrations.unpacked import load_unpacked, read_quantization
 from flashhead.models import known_names, resolve
 from flashhead.nn.head import FlashHead
 from flashhead.nn.tuning import Crossover
@@ -156,8 +157,8 @@ def load_dense(
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM as it is: safetensors or GGUF only, never pickled weights. Weights packed by
-    compressed-tensors are unpacked to `dtype`, since transformers has no kernels that read them, or
-    stay packed (`packed`, as in `load`).
+    compressed-tensors, AWQ or GPTQ are unpacked to `dtype`, since transformers has no kernels that
+    read them on a CPU; those of compressed-tensors may stay packed (`packed`, as in `load`).
 
     Raises:
         FlashHeadError: it is not there, not readable, no causal LM, or a tensor of it is missing.
@@ -172,8 +173,11 @@ def load_dense(
     latent = read_section(source)
     info: dict[str, Any] = {"missing_keys": ()}
     try:
+        coded = read_quantization(source)
         if latent is not None:
             model = load_latent(source, latent, dtype)
+        elif coded is not None:
+            model, info = load_unpacked(source, coded, dtype)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **where
