@@ -30,6 +30,7 @@ from flashhead.bench.timing import quantiles
 from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.greedy import generate_certified
+from flashhead.nn.head import FlashHead
 from flashhead.nn.packed import Int8Linear
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def bench_decode(
             "flash": _Side(model_flash, flash),
             "body": _Side(model_flash, ConstantHead(flash.weight.shape[0])),
         }
-        if flash.searches_tokens:
+        if isinstance(flash, FlashHead) and flash.searches_tokens:
             sides["winner"] = _Side(model_flash, flash, certified=True)
         if base is not None:
             sides["base"] = _Side(base, base.get_output_embeddings())
@@ -345,45 +346,3 @@ def _static_cache(model: "PreTrainedModel", length: int) -> Any:
 def _reset(cache: Any) -> Any:
     cache.reset()
     return cache
-
-
-def format_decode_table(document: dict[str, Any]) -> str:
-    """Ratios first, for people; `document` is what `bench_decode` returned."""
-    lines = [
-        f"{document['model']}, {document['head']}, {document['impl']}: {document['prompts']} "
-        f"prompts x {document['new_tokens']} tokens x {document['repeats']}, interleaved",
-        f"{'':<10}{'speed-up':>9}{'p10-p90':>13}{'bound':>8}{'head':>7}"
-        f"{'agree':>9}{'dense tok/s':>13}{'flash tok/s':>13}",
-    ]
-    for mode in ("eager", "compiled"):
-        result = document[mode]
-        if result is None:
-            continue
-        spread = f"{result['speedup_p10']:.2f}-{result['speedup_p90']:.2f}"
-        dense, flash = (result["sides"][side]["tok_per_sec"] for side in ("dense", "flash"))
-        lines.append(
-            f"{mode:<10}{result['speedup']:>8.2f}x{spread:>13}{result['upper_bound']:>7.2f}x"
-            f"{result['head_share']:>7.0%}{result['agreement']:>9.1%}{dense:>13.1f}{flash:>13.1f}"
-        )
-        lines += _winner_lines(result["winner"])
-        stacked = result["stacked"]
-        if stacked is not None:
-            lines += [
-                f"{'':<10}{stacked[f'over_{name}']:.2f}x "
-                f"({stacked[f'over_{name}_p10']:.2f}-{stacked[f'over_{name}_p90']:.2f}) {what}"
-                for name, what in (("base", "the base"), ("int8", "this body with an int8 head"))
-            ]
-    return "\n".join(lines)
-
-
-def _winner_lines(winner: dict[str, float] | None) -> list[str]:
-    if winner is None:
-        return []
-    names = {"dense": "this body with its dense head", "flash": "complete logits"}
-    names |= {"base": "the base", "int8": "this body with an int8 head"}
-    return [
-        f"{'':<10}{winner[f'over_{name}']:.2f}x ({winner[f'over_{name}_p10']:.2f}-"
-        f"{winner[f'over_{name}_p90']:.2f}) {what}, by the winner only"
-        for name, what in names.items()
-        if f"over_{name}" in winner
-    ]
