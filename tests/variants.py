@@ -26,8 +26,8 @@ def source_of(name: str) -> str:
     return os.environ[QWEN_CODER]
 
 
-def flashhead(*arguments: str, text: str | None = None) -> tuple[dict[str, Any], str]:
-    """A command's JSON document, and what else it printed on stdout; it must end with 0."""
+def flashhead(*arguments: str, text: str | None = None) -> dict[str, Any]:
+    """A command's JSON document, the last line of stdout; it must end with 0."""
     done = subprocess.run(
         [sys.executable, "-m", "flashhead", *arguments, "--json"],
         env={name: value for name, value in os.environ.items() if name not in UNSET},
@@ -38,21 +38,20 @@ def flashhead(*arguments: str, text: str | None = None) -> tuple[dict[str, Any],
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    *said, document = done.stdout.splitlines()
-    return json.loads(document), "\n".join(said)
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return document
 
 
 def make(source: str, out: Path) -> dict[str, Any]:
     """Convert to W4A16; few calibration tokens, for time."""
-    report, _ = flashhead(
+    return flashhead(
         "convert", source, str(out), "--quantize", "w4a16", "--set", "calibration_tokens=512"
     )
-    return report
 
 
 def require_verified(out: Path, source: str) -> None:
     """`flashhead verify` passes, step by step, also against the model that it was made from."""
-    document, _ = flashhead("verify", str(out), "--against", source, "--positions", "64")
+    document = flashhead("verify", str(out), "--against", source, "--positions", "64")
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == ["files", "checksums", "reload", "positions", "against", "speed"]
     assert document["ok"]
@@ -61,9 +60,11 @@ def require_verified(out: Path, source: str) -> None:
 
 def require_chats(out: Path) -> None:
     """A scripted conversation: an answer that knows something, by the searched head."""
-    document, said = flashhead(
+    document = flashhead(
         *("chat", str(out), "--max-new-tokens", "24", "--crossover", "16"),
         text=f"{QUESTION}\n/exit\n",
     )
-    assert "Paris" in said, said
+    asked, answered = document["turns"]
+    assert (asked["role"], answered["role"]) == ("user", "assistant")
+    assert "Paris" in answered["text"]
     assert document["head"] == "codes"
