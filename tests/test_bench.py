@@ -10,10 +10,13 @@ from torch import nn
 
 from flashhead import environment
 from flashhead.bench import decode, timing
-from flashhead.bench.decode import ConstantHead, bench_decode, format_decode_table
+from flashhead.bench.decode import ConstantHead, bench_decode
+from flashhead.bench.decode_table import format_decode_table
 from flashhead.bench.head import COMPLETE, GREEDY, bench_head, format_head_table, verify_head
 from flashhead.bench.products import check_product, pack_int4, pack_int8
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.transformers import attach
+from flashhead.nn.head import FlashHead
 
 V, D = 211, 64
 
@@ -302,6 +305,21 @@ def test_bench_decode_document():
     assert model.generation_config is settings
     assert settings.eos_token_id == [second]
     assert "eager" in format_decode_table(document)
+
+
+def test_bench_decode_asks_for_the_winner_too():
+    """Catches a side that takes complete logits after all, or says something else."""
+    model = tiny_model()
+    model.set_output_embeddings(decode.linear_twin(model.get_output_embeddings()))
+    with attach(model, progress=False, calibration_tokens=64, crossover=16) as attachment:
+        calls = []
+        attachment.head.next_token = lambda *a, **k: (
+            calls.append(1) or FlashHead.next_token(attachment.head, *a, **k)
+        )
+        document = run_decode(model)
+    assert len(calls) == 2 * 9 * 3 - 2  # a warm-up of 8 tokens and two rounds of 9, two prompts
+    assert document["eager"]["winner"]["agreement_with_flash"] == 1
+    assert "complete logits, by the winner only" in format_decode_table(document)
 
 
 def test_bench_decode_sees_other_tokens():

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -243,7 +245,7 @@ def test_reader_that_has_seen_enough(tmp_path):
 
 
 def model_folder(folder: Path, tied: bool = True, **config) -> None:
-    """Headers of a model with V = 1000, d = 64, two layers, without any weights behind them."""
+    """A model with V = 1000, d = 64, two layers: headers, and a hole where the weights would be."""
     shapes = {
         "embed.weight": [1000, 64],
         "layer.0.weight": [64, 256],
@@ -258,6 +260,8 @@ def model_folder(folder: Path, tied: bool = True, **config) -> None:
     }
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    weights = sum(2 * math.prod(shape) for shape in shapes.values())
+    os.truncate(folder / "model.safetensors", 8 + len(text) + weights)
     known = {
         "vocab_size": 1000,
         "hidden_size": 64,
@@ -306,6 +310,18 @@ def test_inspect_damaged_folder(tmp_path, file, content, message):
     done = flashhead("inspect", str(tmp_path))
     assert done.returncode == 2
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_inspect_a_download_that_stopped(tmp_path):
+    """Catches figures of a file whose header is all there and whose weights are not."""
+    model_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    done = flashhead("inspect", str(tmp_path))
+    assert done.returncode == 2
+    assert "model.safetensors: " in done.stderr
+    assert "(truncated?)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

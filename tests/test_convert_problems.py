@@ -141,3 +141,13 @@ def test_places_that_cannot_be_written(source, capsys):
     nowhere = source.parent / "no" / "out"
     assert "its parent folder does not exist" in refused(source, capsys, out=nowhere)
     assert "cannot write to /proc" in refused(source, capsys, out=Path("/proc/flashhead-out"))
+
+
+def test_a_layout_that_nobody_knows(source, capsys):
+    """The same by the command: one line, nothing written."""
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(source.parent / "out"), "--quantize", "w3a16"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--quantize: invalid choice: 'w3a16'" in line
+    assert sorted(source.parent.iterdir()) == [source]

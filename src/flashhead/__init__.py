@@ -20,6 +20,7 @@ _LAZY = {
     "LogProbs": "flashhead.nn.output",
     "NextToken": "flashhead.nn.output",
     "attach": "flashhead.integrations.transformers",
+    "generate_certified": "flashhead.integrations.greedy",
     "load": "flashhead.integrations.transformers",
     "load_tokenizer": "flashhead.integrations.transformers",
 }

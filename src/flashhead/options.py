@@ -13,6 +13,8 @@ and activations; fp8 and int8 activations are rounded as they come, one scale a 
 """
 QUANTIZE_GROUPS = (128, 64, 32)
 """Weights that share a scale in 4 bits: the first of these that divides all layers."""
+CALIBRATION_TOKENS = 4096
+"""Sampled from the model, for an index that is kept."""
 T = TypeVar("T", "CodesOptions", "ClustersOptions")
 
 
@@ -35,7 +37,7 @@ class CodesOptions:
     planes: int | None = None
     failure_probability: float = 1e-6
     kl_budget: float | None = None
-    calibration_tokens: int = 4096
+    calibration_tokens: int = CALIBRATION_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class ClustersOptions:
     iterations: int = 6
     metric: str = "hidden"
     always: tuple[int, ...] = ()
-    calibration_tokens: int = 4096
+    calibration_tokens: int = CALIBRATION_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -39,24 +39,6 @@ def test_quantized_body(kind, smollm2, converted_folder, generate, tmp_path):
     require_equal(flash, generate({"model": model}, dense=True))
 
 
-def test_variant_is_served_as_it_is(generate, tmp_path):
-    """`vllm serve FOLDER` of `flashhead convert --quantize`: packed body, searched head."""
-    out = tmp_path / "SmolLM2-135M-FlashHead-W4A16"
-    command = [sys.executable, "-m", "flashhead", "convert", "smollm2-135m", str(out)]
-    done = subprocess.run(
-        [*command, "--quantize", "w4a16", "--set", "calibration_tokens=1024"],
-        env=inherited(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    engine = {"model": str(out), "quantization": None}
-    flash = generate({**engine, **options()})
-    require_searched(flash)
-    require_equal(flash, generate(engine, dense=True))
-
-
 def test_experts_and_an_index_built_at_load(smollm2, generate, tmp_path):
     """Expert layers that get no method; an index of an unmodified checkpoint that is not built."""
     model = str(checkpoints.mixture_of_experts(smollm2, tmp_path / "moe"))

@@ -8,6 +8,9 @@ With `compile=True` the same is measured once more with a static cache and the d
 one token (`torch.compile`), on all sides alike: transformers' own overhead a token then shrinks.
 The head stays outside the compiled part, so that all sides share one compiled body.
 
+A FlashHead of codes runs once more as "winner", by `generate_certified`, which asks the head for
+its winner only.
+
 With a `base`, the model that a quantized variant was made from, two more sides run: the base as it
 is, and the variant's body with an int8 dense head (torch's weight-only product).
 """
@@ -26,6 +29,8 @@ from flashhead.bench.products import int8_codes
 from flashhead.bench.timing import quantiles
 from flashhead.environment import provenance
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.greedy import generate_certified
+from flashhead.nn.head import FlashHead
 from flashhead.nn.packed import Int8Linear
 
 if TYPE_CHECKING:
@@ -55,6 +60,7 @@ class _Side:
 
     model: "PreTrainedModel"
     head: nn.Module
+    certified: bool = False
     seconds: list[float] = dataclasses.field(default_factory=list)
     decode_seconds: list[float] = dataclasses.field(default_factory=list)
     tokens: dict[int, list[int]] = dataclasses.field(default_factory=dict)
@@ -99,8 +105,8 @@ def bench_decode(
 
     Returns:
         JSON document: `eager` and `compiled` (None unless asked for), eager's main figures on top;
-        with a base each of them has `stacked`: how many times as fast as it FlashHead is, and as
-        its own body with an int8 head.
+        with codes each of them has `winner`, what asking for the winner only is worth; with a base
+        `stacked`: how many times as fast as it FlashHead is, and as its own body with an int8 head.
 
     Raises:
         FlashHeadError: a value out of range, or a model without FlashHead.
@@ -126,6 +132,8 @@ def bench_decode(
             "flash": _Side(model_flash, flash),
             "body": _Side(model_flash, ConstantHead(flash.weight.shape[0])),
         }
+        if isinstance(flash, FlashHead) and flash.searches_tokens:
+            sides["winner"] = _Side(model_flash, flash, certified=True)
         if base is not None:
             sides["base"] = _Side(base, base.get_output_embeddings())
             sides["int8"] = _Side(model_flash, int8_twin(flash))
@@ -210,9 +218,11 @@ def _generate(
     clock = _Clock()
     with _running(side.model, side.head):
         start = time.perf_counter()
-        output = side.model.generate(
-            **batch, max_new_tokens=new_tokens, streamer=clock, **arguments
-        )
+        settings = {**batch, "max_new_tokens": new_tokens, "streamer": clock, **arguments}
+        if side.certified:
+            output = generate_certified(side.model, **settings)
+        else:
+            output = side.model.generate(**settings)
         seconds = time.perf_counter() - start
     return output[0, batch["input_ids"].shape[1] :].tolist(), clock.times, seconds
 
@@ -254,6 +264,7 @@ def _summary(sides: dict[str, _Side], new_tokens: int) -> dict[str, Any]:
         ),
         "sides": {name: _rates(side, new_tokens) for name, side in sides.items()},
         "head_statistics": _counters(flash.head),
+        "winner": _winner(sides),
         "stacked": _stacked(sides),
     }
 
@@ -262,11 +273,30 @@ def _stacked(sides: dict[str, _Side]) -> dict[str, float] | None:
     """FlashHead on its body against the base, and against an int8 head on the same body."""
     if "base" not in sides:
         return None
+    return _over(sides, "flash", ("base", "int8"))
+
+
+def _winner(sides: dict[str, _Side]) -> dict[str, float] | None:
+    """`generate_certified` against every other side, and its agreement with complete logits."""
+    if "winner" not in sides:
+        return None
+    others = tuple(name for name in ("dense", "flash", "base", "int8") if name in sides)
+    result = _over(sides, "winner", others)
+    same = [
+        a == b
+        for which, tokens in sides["flash"].tokens.items()
+        for a, b in zip(sides["winner"].tokens[which], tokens, strict=True)
+    ]
+    return result | {"agreement_with_flash": sum(same) / len(same)}
+
+
+def _over(sides: dict[str, _Side], ours: str, others: tuple[str, ...]) -> dict[str, float]:
+    """How many times as fast as other sides one is: `over_NAME`, its spread, and of decoding."""
     result: dict[str, float] = {}
-    for name in ("base", "int8"):
-        median, p10, p90 = quantiles(_ratios(sides[name].seconds, sides["flash"].seconds))
+    for name in others:
+        median, p10, p90 = quantiles(_ratios(sides[name].seconds, sides[ours].seconds))
         result |= {f"over_{name}": median, f"over_{name}_p10": p10, f"over_{name}_p90": p90}
-        decode = _ratios(sides[name].decode_seconds, sides["flash"].decode_seconds)
+        decode = _ratios(sides[name].decode_seconds, sides[ours].decode_seconds)
         result[f"over_{name}_decode"] = quantiles(decode)[0]
     return result
 
@@ -316,31 +346,3 @@ def _static_cache(model: "PreTrainedModel", length: int) -> Any:
 def _reset(cache: Any) -> Any:
     cache.reset()
     return cache
-
-
-def format_decode_table(document: dict[str, Any]) -> str:
-    """Ratios first, for people; `document` is what `bench_decode` returned."""
-    lines = [
-        f"{document['model']}, {document['head']}, {document['impl']}: {document['prompts']} "
-        f"prompts x {document['new_tokens']} tokens x {document['repeats']}, interleaved",
-        f"{'':<10}{'speed-up':>9}{'p10-p90':>13}{'bound':>8}{'head':>7}"
-        f"{'agree':>9}{'dense tok/s':>13}{'flash tok/s':>13}",
-    ]
-    for mode in ("eager", "compiled"):
-        result = document[mode]
-        if result is None:
-            continue
-        spread = f"{result['speedup_p10']:.2f}-{result['speedup_p90']:.2f}"
-        dense, flash = (result["sides"][side]["tok_per_sec"] for side in ("dense", "flash"))
-        lines.append(
-            f"{mode:<10}{result['speedup']:>8.2f}x{spread:>13}{result['upper_bound']:>7.2f}x"
-            f"{result['head_share']:>7.0%}{result['agreement']:>9.1%}{dense:>13.1f}{flash:>13.1f}"
-        )
-        stacked = result["stacked"]
-        if stacked is not None:
-            lines += [
-                f"{'':<10}{stacked[f'over_{name}']:.2f}x "
-                f"({stacked[f'over_{name}_p10']:.2f}-{stacked[f'over_{name}_p90']:.2f}) {what}"
-                for name, what in (("base", "the base"), ("int8", "this body with an int8 head"))
-            ]
-    return "\n".join(lines)

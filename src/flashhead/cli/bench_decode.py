@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     base = None if args.against is None else session.open_source(args.against)
     model, tokenizer = session.load_model(args, args.head)
-    from flashhead.bench.decode import bench_decode, format_decode_table
+    from flashhead.bench.decode import bench_decode
+    from flashhead.bench.decode_table import format_decode_table
     from flashhead.integrations.transformers import load_dense
 
     document = bench_decode(

@@ -8,12 +8,11 @@ of checksums and uploads, and said to be.
 import dataclasses
 import fnmatch
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from flashhead.errors import FlashHeadError
-from flashhead.ledger.files import read_safetensors
+from flashhead.ledger.files import read_safetensors, require_whole
 from flashhead.ledger.index import INDEX_FILE
 
 SINGLE_FILE = "model.safetensors"
@@ -157,12 +156,7 @@ def _check_safetensors(folder: Path, name: str, named_by: str) -> set[str]:
         tensors = read_safetensors(path)
     except (FlashHeadError, TypeError, AttributeError) as error:
         raise FlashHeadError(f"{name}: its header is damaged ({error})") from error
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-    wanted = 8 + header_bytes + int(sum(info.size_bytes for info in tensors.values()))
-    size = path.stat().st_size
-    if size != wanted:
-        raise FlashHeadError(f"{name}: {size:,} bytes, its header says {wanted:,} (truncated?)")
+    require_whole(path, tensors)
     return set(tensors)
 
 

@@ -27,14 +27,14 @@ from flashhead.convert.source import (
 from flashhead.convert.workspace import Workspace, require_disk, require_new, told_if_full
 from flashhead.errors import FlashHeadError
 from flashhead.index.store import save_index
-from flashhead.options import QUANTIZE
+from flashhead.options import CALIBRATION_TOKENS, QUANTIZE
 from flashhead.options_latent import LatentOptions
 
 if TYPE_CHECKING:
     from flashhead.index.choose import Expectation
 
 HEADS = ("codes", "clusters", "dense")
-CALIBRATION_TOKENS = 65_536
+ROUNDING_TOKENS = 65_536
 """Of calibration text, at most; in windows of 512."""
 _log = logging.getLogger("flashhead")
 
@@ -201,7 +201,7 @@ def _calibration(job: Job, tokenizer: Any) -> list[Any]:
     """Token windows of the calibration files."""
     from flashhead.integrations.latent_text import file_windows
 
-    return file_windows(job.calibration, tokenizer, CALIBRATION_TOKENS, seed=0)
+    return file_windows(job.calibration, tokenizer, ROUNDING_TOKENS, seed=0)
 
 
 def _described(quantized: Any, job: Job) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def _index(job: Job, loaded: Any) -> tuple[Any, "Expectation | None"]:
     """The head with its index, taken out of the model again, and why the index is as it is."""
     from flashhead.integrations.transformers import attach
 
-    attachment = attach(loaded, job.head, progress=job.progress, **job.options)
+    options = {"calibration_tokens": CALIBRATION_TOKENS, **job.options}
+    attachment = attach(loaded, job.head, progress=job.progress, **options)
     attachment.detach()
     return attachment.head, attachment.expectation
 

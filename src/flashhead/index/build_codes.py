@@ -24,7 +24,11 @@ from flashhead.index.codes import (
 from flashhead.index.quantize import Quantizer, fit_quantizer, quantize
 from flashhead.options import CodesOptions
 
-_CHUNK_ROWS = 16384
+_CHUNK_ROWS = {"cpu": 1024, "cuda": 16384}
+"""Rows coded at a time: on a CPU so few that they stay in its caches (3 to 4 times as fast)."""
+_COVARIANCE_ROWS = 32768
+"""Rows the covariance is taken of, spread over the vocabulary: many times the dimensions."""
+_FIT_ROWS = 2048
 
 
 def build_codes(
@@ -70,20 +74,17 @@ def build_codes_expecting(
     transform = _rotated(functionals[order], widths, options.seed).bfloat16()
     exact = torch.stack([moments.direction, mean]).float()
     inverse = _row_transform(transform, exact)
-    rows, quantizers = weight.shape[0], None
+    dims = [count for count, _ in widths]
+    some = _centred(_spread_rows(weight, _FIT_ROWS), exact) @ inverse[:, :-1]
+    quantizers = [
+        fit_quantizer(part, bits, options.planes)
+        for part, (_, bits) in zip(some.split(dims, 1), widths, strict=True)
+    ]
     parts: list[_Coded] = []
-    starts = range(0, rows, _CHUNK_ROWS)
-    for start in tqdm(starts, desc="codes", unit="chunk", disable=not progress, leave=False):
-        centred = weight[start : start + _CHUNK_ROWS].double().sub_(mean).float()
-        coordinates = centred @ inverse
-        values = coordinates[:, :-1].split([dims for dims, _ in widths], 1)
-        if quantizers is None:
-            quantizers = [
-                fit_quantizer(part, bits, options.planes)
-                for part, (_, bits) in zip(values, widths, strict=True)
-            ]
-        parts.append(_encode(coordinates[:, -1], values, quantizers))
-    assert quantizers is not None
+    chunks = weight.split(_chunk_rows(weight))
+    for chunk in tqdm(chunks, desc="codes", unit="chunk", disable=not progress, leave=False):
+        coordinates = _centred(chunk, exact) @ inverse
+        parts.append(_encode(coordinates[:, -1], coordinates[:, :-1].split(dims, 1), quantizers))
     segments = _segments(widths, quantizers, parts)
     index = CodesIndex(
         base=_blocked(torch.cat([part.base for part in parts])),
@@ -109,9 +110,8 @@ def row_coefficients(weight: Tensor, index: CodesIndex) -> Tensor:
     device = weight.device
     exact = index.exact.to(device)
     functional = _row_transform(index.transform.to(device), exact)[:, -1]
-    mean = exact[1].double()
-    chunks = weight.detach().split(_CHUNK_ROWS)
-    return torch.cat([(chunk.double() - mean).float() @ functional for chunk in chunks])
+    chunks = weight.detach().split(_chunk_rows(weight))
+    return torch.cat([_centred(chunk, exact) @ functional for chunk in chunks])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +127,31 @@ class _Coded:
 
 
 def _row_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean row and covariance of the rows: float64[d], float64[d, d];
-    one pass, checked to be finite.
+    """Mean row, and covariance of rows spread over the vocabulary: float64[d], float64[d, d];
+    all rows are checked to be finite.
     """
-    rows, d = weight.shape
-    total = torch.zeros(d, dtype=torch.float64, device=weight.device)
-    square = torch.zeros(d, d, dtype=torch.float64, device=weight.device)
-    for start in range(0, rows, _CHUNK_ROWS):
-        chunk = weight[start : start + _CHUNK_ROWS].float()
-        total += chunk.double().sum(0)
-        square += (chunk.T @ chunk).double()
-    if not (torch.isfinite(total).all() and torch.isfinite(square).all()):
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for chunk in weight.split(_chunk_rows(weight)):
+        total += chunk.float().sum(0).double()
+    if not torch.isfinite(total).all():
         raise FlashHeadError("head weight holds NaN or infinity: the checkpoint is damaged")
-    mean = total / rows
-    return mean, square / rows - torch.outer(mean, mean)
+    mean = total / weight.shape[0]
+    some = _spread_rows(weight, _COVARIANCE_ROWS).float() - mean.float()
+    return mean, (some.T @ some).double() / len(some)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return _CHUNK_ROWS["cpu" if weight.device.type == "cpu" else "cuda"]
+
+
+def _spread_rows(weight: Tensor, most: int) -> Tensor:
+    """At most so many rows at equal distances."""
+    return weight[:: -(-len(weight) // most)]
+
+
+def _centred(rows: Tensor, exact: Tensor) -> Tensor:
+    """Rows less the stored mean row: float32[n, d]."""
+    return rows.float() - exact[1]
 
 
 def _spectrum(moments: HiddenMoments, covariance: Tensor) -> tuple[Tensor, Tensor]:

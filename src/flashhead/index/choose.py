@@ -111,9 +111,8 @@ def choose(
     int8_kl = _int8_kl(states.float(), weight, logits)
     budget = options.kl_budget or min(1.0, max(1e-9, INT8_SHARE * int8_kl))
     options = dataclasses.replace(options, kl_budget=budget)
-    logits = logits.sort(1, descending=True).values
-    mass = torch.softmax(logits, 1)
-    below = mass.flip(1).cumsum(1).flip(1)  # probability of this row and all lower ones
+    logits = logits.sort(1).values
+    below = torch.softmax(logits, 1).cumsum(1)  # probability of this row and all lower ones
     table = [
         _expect(variances, (logits, below), weight, options, bits, planes)
         for bits in ([options.bits] if options.bits else BITS)
@@ -146,10 +145,12 @@ def _expect(
         error = torch.tensor([ERROR[b][stage] for b in base_bits], dtype=torch.float64)
         variance = float((units * error).sum())
         # half a sigma for the noise of the estimates themselves
-        by_rank = logits >= logits[:, :1] - (z + 0.5) * variance**0.5
-        by_mass = below * math.expm1(variance / 2) > budget * SHARES[planes][stage]
-        counts.append(float((by_rank | by_mass).sum(1).double().mean()))
-        certified.append(float(by_rank.sum(1).double().mean()))
+        least = logits[:, -1:] - (z + 0.5) * variance**0.5
+        mass = budget * SHARES[planes][stage] / max(math.expm1(variance / 2), 1e-30)
+        by_rank = rows - torch.searchsorted(logits, least)
+        by_mass = rows - torch.searchsorted(below, torch.full_like(least, mass), right=True)
+        counts.append(float(torch.maximum(by_rank, by_mass).double().mean()))
+        certified.append(float(by_rank.double().mean()))
     sizes = [plane_bytes] * planes + [d * weight.element_size()]
     gathered, alone = (
         sum(count * size for count, size in zip(taken, sizes, strict=True))

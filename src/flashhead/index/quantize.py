@@ -16,7 +16,6 @@ from torch import Tensor
 _STEP = {1: 2.507, 2: 1.25, 4: 0.38}
 """Base step in units of the root mean square, by base bits. 1 bit: the scale is then the root mean
 square; else a little wider than best for the base alone, for the planes (docs/log.md)."""
-_FIT_ROWS = 2048
 _FIT_STEPS = 12
 
 
@@ -56,43 +55,42 @@ class CodedSegment:
 
 def fit_quantizer(values: Tensor, bits: int, planes: int) -> Quantizer:
     """Fit the rounding of each plane on some rows `float32[n, dims]`, by bisection."""
-    stride = max(1, len(values) // _FIT_ROWS)
-    rows = values[::stride][:_FIT_ROWS]
     rounding: tuple[float, ...] = ()
-    code, scale = _base(rows, bits, _STEP[bits])
+    base = _base(values, bits, _STEP[bits])
+    along, rest = values * base.scale, base.rest
     for plane in range(1, planes + 1):
         step, low, high = _STEP[bits] / 4**plane, 0.5, 0.65
         for _ in range(_FIT_STEPS):
             middle = (low + high) / 2
-            finer = code + (_fine(rows, code, scale, step, middle) - 1.5) * step
-            short = (rows * (rows - scale * finer)).sum() > 0
-            low, high = (middle, high) if short else (low, middle)
+            finer = _finer(rest, _fine(values, rest, step, middle), step)
+            low, high = (middle, high) if (along * finer).sum() > 0 else (low, middle)
         rounding += ((low + high) / 2,)
-        code = code + (_fine(rows, code, scale, step, rounding[-1]) - 1.5) * step
+        rest = _finer(rest, _fine(values, rest, step, rounding[-1]), step)
     return Quantizer(bits, _STEP[bits], rounding)
 
 
 def quantize(values: Tensor, quantizer: Quantizer) -> CodedSegment:
     """Code one segment of n rows, float32[n, dims]."""
     bits, step = quantizer.bits, quantizer.step
-    code, scale = _base(values, bits, step)
-    levels = (code / step + (2**bits - 1) / 2).round().to(torch.uint8)
+    coded = _base(values, bits, step)
+    levels, rest = coded.levels.to(torch.uint8), coded.rest
     if bits == 1:
         base = [pack(levels, 1)]
     else:
         base = [pack(levels >> shift & 3, 2) for shift in range(bits - 2, -1, -2)]
-    nonzero = torch.where(scale[:, 0] > 0, scale[:, 0], torch.nan)
-    errors = [(values - scale * code).square().sum(1) / nonzero.square()]
+    scale = coded.scale[:, 0]
+    nonzero = torch.where(scale > 0, 1.0, torch.nan)
+    errors = [rest.square().sum(1) * nonzero]
     refine = []
     for plane, rounding in enumerate(quantizer.rounding, start=1):
-        fine = _fine(values, code, scale, step / 4**plane, rounding)
-        code = code + (fine - 1.5) * (step / 4**plane)
-        errors.append((values - scale * code).square().sum(1) / nonzero.square())
+        fine = _fine(values, rest, step / 4**plane, rounding)
+        rest = _finer(rest, fine, step / 4**plane)
+        errors.append(rest.square().sum(1) * nonzero)
         words = pack(fine.to(torch.uint8), 2)
         refine.append(torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % 4)))
-    energy = code.square().sum(1) * (nonzero / nonzero)
+    energy = (coded.unit - rest).square().sum(1) * nonzero
     stacked = torch.stack(refine)
-    return CodedSegment(base, stacked, scale[:, 0].bfloat16(), torch.stack(errors), energy)
+    return CodedSegment(base, stacked, scale.bfloat16(), torch.stack(errors), energy)
 
 
 def pack(fields: Tensor, width: int) -> Tensor:
@@ -104,21 +102,36 @@ def pack(fields: Tensor, width: int) -> Tensor:
     return words
 
 
-def _base(values: Tensor, bits: int, step: float) -> tuple[Tensor, Tensor]:
-    """Base code at scale 1 (float32[n, dims]) and scale (float32[n, 1], rounded to bf16)."""
-    root = values.square().mean(1, keepdim=True).sqrt()
-    unit = torch.where(root > 0, root, 1.0)
-    top = 2**bits - 1
-    code = ((values / (unit * step) + (top + 1) / 2).floor().clamp(0, top) - top / 2) * step
-    length = (code * values).sum(1, keepdim=True)
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """Rows at scale 1, what their base codes leave, and the scale."""
+
+    levels: Tensor  # float32[n, dims], whole numbers
+    unit: Tensor  # float32[n, dims]
+    rest: Tensor  # float32[n, dims], unit - code
+    scale: Tensor  # float32[n, 1], rounded to bf16; 0: a row of zeros
+
+
+def _base(values: Tensor, bits: int, step: float) -> _Base:
     square = values.square().sum(1, keepdim=True)
-    return code, torch.where(length > 0, square / length, 0.0).bfloat16().float()
+    root = (square / values.shape[1]).sqrt()
+    top = 2**bits - 1
+    levels = values / (torch.where(root > 0, root, 1.0) * step)
+    levels = levels.add_((top + 1) / 2).floor_().clamp_(0, top)
+    code = (levels - top / 2).mul_(step)
+    length = (code * values).sum(1, keepdim=True)
+    scale = torch.where(length > 0, square / length, 0.0).bfloat16().float()
+    unit = values / torch.where(scale > 0, scale, 1.0)
+    return _Base(levels, unit, unit - code, scale)
 
 
-def _fine(values: Tensor, code: Tensor, scale: Tensor, step: float, rounding: float) -> Tensor:
+def _fine(values: Tensor, rest: Tensor, step: float, rounding: float) -> Tensor:
     """Fields 0 to 3 of one plane, rounded away from zero by `rounding`: float32[n, dims]."""
-    rest = values / torch.where(scale > 0, scale, 1.0) - code
-    side = torch.where(values >= 0, 1.0, -1.0)
-    # mirrored to the positive side, rounded up from 1 - rounding, mirrored back
-    mirrored = (rest * side / step + 1.5 + rounding).floor().clamp(0, 3)
-    return torch.where(side > 0, mirrored, 3 - mirrored)
+    # a negative value rounds up from `rounding`, a positive one from 1 - rounding
+    offset = torch.where(values >= 0, 1.5 + rounding, 2.5 - rounding)
+    return offset.add_(rest, alpha=1 / step).floor_().clamp_(0, 3)
+
+
+def _finer(rest: Tensor, fine: Tensor, step: float) -> Tensor:
+    """What a plane leaves: float32[n, dims]."""
+    return rest.sub(fine, alpha=step).add_(1.5 * step)

@@ -59,7 +59,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         raise FlashHeadError(f"{config_file}: not JSON ({error})") from error
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors |= read_safetensors(file)
+        found = read_safetensors(file)
+        require_whole(file, found)
+        tensors |= found
     return config, tensors
 
 
@@ -78,6 +80,26 @@ def read_safetensors(file: Path) -> dict[str, TensorInfo]:
         }
     except (ValueError, KeyError, struct.error) as error:
         raise FlashHeadError(f"{file}: not a safetensors file ({error})") from error
+
+
+def require_whole(file: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Check that a safetensors file has the length that its header says.
+
+    Args:
+        file: whose header was read.
+        tensors: what `read_safetensors` found there.
+
+    Raises:
+        FlashHeadError: it is shorter (a download that stopped) or longer.
+    """
+    with file.open("rb") as source:
+        (header_bytes,) = struct.unpack("<Q", source.read(8))
+    wanted = 8 + header_bytes + int(sum(info.size_bytes for info in tensors.values()))
+    size = file.stat().st_size
+    if size != wanted:
+        raise FlashHeadError(
+            f"{file.name}: {size:,} bytes, its header says {wanted:,} (truncated?)"
+        )
 
 
 def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:

@@ -288,6 +288,11 @@ class FlashHead(nn.Linear):
         return isinstance(self.index, CodesIndex) and self.device_search is None
 
     @property
+    def searches_tokens(self) -> bool:
+        """Whether it has an index that certifies, on whatever device."""
+        return isinstance(self.index, CodesIndex)
+
+    @property
     def noise_impl(self) -> str:
         """Implementation of the noise: that of the search, for a dense head the reference."""
         return self.impl if self.impl in ("cpu", "reference") else "reference"
