@@ -50,6 +50,8 @@ EXTRAS = {
     "huggingface_hub": "transformers",
     "numba": "cpu",
     "matplotlib": "plots",
+    "lm_eval": "eval",
+    "datasets": "eval",
     "vllm": "vllm",
 }
 """Package that is missing: extra that brings it."""
