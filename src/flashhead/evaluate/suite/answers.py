@@ -1,9 +1,9 @@
 """Answers kept on disk, so that an interrupted evaluation goes on where it stopped.
 
 One file a task and model, one line an answer, appended as it comes. A line's key is the request;
-its check holds for the key, the answer and what was evaluated (weights, index, dtype, versions). A last
-line without its end was being written when the process died, and is dropped. Any other line that
-does not check is an error: nobody's figures should rest on an edited file.
+its check holds for the key, the answer and what was evaluated (weights, index, dtype, versions). A
+last line without its end was being written when the process died, and is dropped. Any other line
+that does not check is an error: nobody's figures should rest on an edited file.
 """
 
 import hashlib

@@ -44,8 +44,8 @@ def generations(base: list[dict[str, Any]], value: list[dict[str, Any]]) -> dict
 
     Returns:
         `agreement`: identical tokens at the same position, as a share of all positions of the
-        longer of both; `tokens`, `identical_tokens`; `answers`, `identical_answers`; `first_divergence`:
-        the earliest and the mean position among answers that differ, or None.
+        longer of both; `tokens`, `identical_tokens`; `answers`, `identical_answers`;
+        `first_divergence`: the earliest and the mean position among answers that differ, or None.
     """
     total = same = 0
     parted = []

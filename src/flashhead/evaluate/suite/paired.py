@@ -1,8 +1,8 @@
 """Two models' scores on the same questions: standard errors and a paired bootstrap.
 
 Questions of one document are no independent samples, so everything is counted by group: the
-standard error is the cluster-robust one, and the bootstrap draws groups with their questions. A mean
-may be weighted (tokens of a text) and exponentiated (perplexity).
+standard error is the cluster-robust one, and the bootstrap draws groups with their questions. A
+mean may be weighted (tokens of a text) and exponentiated (perplexity).
 """
 
 import math

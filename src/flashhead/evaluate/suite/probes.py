@@ -11,6 +11,7 @@ Words and numbers are drawn by the seed; no text file is needed.
     addition   solved sums; one more is to be solved
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,71 +22,16 @@ from flashhead.errors import FlashHeadError
 QUESTIONS = 20
 """Of a document."""
 LEAST_CONTEXT = 256
-_WORDS = tuple(
-    [
-        "river",
-        "stone",
-        "window",
-        "garden",
-        "silver",
-        "lantern",
-        "market",
-        "bridge",
-        "winter",
-        "orange",
-        "paper",
-        "morning",
-        "harbor",
-        "candle",
-        "forest",
-        "hammer",
-        "island",
-        "jacket",
-        "kettle",
-        "ladder",
-        "mirror",
-        "needle",
-        "office",
-        "pencil",
-        "quiet",
-        "ribbon",
-        "saddle",
-        "tunnel",
-        "valley",
-        "wagon",
-        "yellow",
-        "anchor",
-        "basket",
-        "copper",
-        "desert",
-        "engine",
-        "feather",
-        "glacier",
-        "hollow",
-        "indigo",
-        "jungle",
-        "kitchen",
-        "lemon",
-        "meadow",
-        "nickel",
-        "olive",
-        "pepper",
-        "quartz",
-        "rocket",
-        "shadow",
-        "temple",
-        "umbrella",
-        "velvet",
-        "willow",
-        "zebra",
-        "autumn",
-        "bottle",
-        "cotton",
-        "dragon",
-        "ember",
-        "falcon",
-        "ginger",
-    ]
+_WORDS = re.findall(
+    r"\w+",
+    """
+    river stone window garden silver lantern market bridge winter orange paper morning
+    harbor candle forest hammer island jacket kettle ladder mirror needle office pencil
+    quiet ribbon saddle tunnel valley wagon yellow anchor basket copper desert engine
+    feather glacier hollow indigo jungle kitchen lemon meadow nickel olive pepper quartz
+    rocket shadow temple umbrella velvet willow zebra autumn bottle cotton dragon ember
+    falcon ginger
+    """,
 )
 Count = Callable[[str], int]
 Doc = dict[str, Any]

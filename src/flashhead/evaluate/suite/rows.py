@@ -1,10 +1,10 @@
 """Many token rows through a model without its head: shared beginnings once, the rest in batches.
 
 Rows are sorted, and neighbours that begin alike are a group: few-shot examples, or one long
-document that many questions ask about. A group's common beginning is prefilled once and its keys and values
-are copied to every row. Rows of unlike length end together: a row that is s tokens shorter than the
-longest has its copy shifted by s places, and those s places are masked. So the tokens of a row stay
-consecutive (sliding windows stay exact) and no padding lies between them.
+document that many questions ask about. A group's common beginning is prefilled once and its keys
+and values are copied to every row. Rows of unlike length end together: a row that is s tokens
+shorter than the longest has its copy shifted by s places, and those s places are masked. So the
+tokens of a row stay consecutive (sliding windows stay exact) and no padding lies between them.
 """
 
 import dataclasses

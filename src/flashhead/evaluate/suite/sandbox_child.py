@@ -1,8 +1,9 @@
 """Runs one program that a model wrote; a process of its own, started by `sandbox.py`.
 
-What it may do is a list of system calls (`syscalls.py`): it computes, reads files, and nothing else. It cannot start processes or threads, open a file for writing, remove or rename
-one, open a socket, signal a process, or call ioctl. Everything else fails with EPERM. Limits of
-time, memory and files come on top, and root becomes nobody first.
+What it may do is a list of system calls (`syscalls.py`): it computes, reads files, and nothing
+else. It cannot start processes or threads, open a file for writing, remove or rename one, open a
+socket, signal a process, or call ioctl. Everything else fails with EPERM. Limits of time, memory
+and files come on top, and root becomes nobody first.
 
 Only the standard library, and nothing of flashhead: the interpreter is started with -I -S.
 """
