@@ -20,6 +20,7 @@ from flashhead.cli.arguments import (
     write_document,
 )
 from flashhead.errors import FlashHeadError
+from flashhead.report.results import document_sha256
 
 NAME = "model"
 PERPLEXITY_TOKENS = 16384
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         document = _through_cache(args)
     document["model"], document["against"] = _name(args.model), _name(args.against)
     document["argv"] = [_name(argument) for argument in document["argv"]]
+    if "kind" in document:
+        document["sha256"] = document_sha256(document)
     if args.out:
         write_document(args.out, document)
     return document
