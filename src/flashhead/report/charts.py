@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-WIDTH, ROW, TOP, BOTTOM, LEFT, RIGHT = 640, 30, 14, 46, 110, 24
+WIDTH, ROW, TOP, BOTTOM, LEFT, RIGHT = 640, 30, 14, 62, 110, 40
 PLOT_HEIGHT = 300
 SERIES = {
     "flashhead": ("FlashHead", "accent", "star"),

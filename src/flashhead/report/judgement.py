@@ -3,7 +3,7 @@
 yes        every task's difference lies within one standard error, or is not for the worse, and
            at least 99.9 % of the greedy tokens are the original's
 no         a task is worse by more than one standard error, or fewer tokens are
-not known  a task differs and has one document only, or nothing was evaluated
+not known  a task differs and has one document only, or fewer than 100 questions were asked
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LEAST_AGREEMENT = 0.999
+LEAST_QUESTIONS = 100
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
 
@@ -60,9 +61,11 @@ def _one(document: dict[str, Any]) -> Judgement:
     unknown = [name for name, found in outcomes.items() if found == "not known"]
     agreement = document["greedy"]["agreement"]
     few = agreement is not None and agreement < LEAST_AGREEMENT
-    answer = "no" if worse or few else "not known" if unknown else "yes"
-    verb = {"yes": "may replace", "no": "does not replace", "not known": "may or may not replace"}
     questions = sum(row["n"] for row in tasks.values())
+    answer = (
+        "no" if worse or few else "not known" if unknown or questions < LEAST_QUESTIONS else "yes"
+    )
+    verb = {"yes": "may replace", "no": "does not replace", "not known": "may or may not replace"}
     held = len(tasks) - len(worse) - len(unknown)
     parts = [
         f"{held} of {len(tasks)} tasks ({questions:,} questions) are the same, better or within "
@@ -72,6 +75,8 @@ def _one(document: dict[str, Any]) -> Judgement:
         parts.append(f"worse: {', '.join(worse)}")
     if unknown:
         parts.append(f"one document only: {', '.join(unknown)}")
+    if questions < LEAST_QUESTIONS:
+        parts.append(f"too few questions to tell, wanted {LEAST_QUESTIONS}")
     if agreement is not None:
         total = document["greedy"]["tokens"]
         parts.append(f"{agreement:.3%} of {total:,} greedy tokens are identical")

@@ -78,13 +78,16 @@ def field(document: dict[str, Any], path: str) -> Any:
     """What a document holds at a path such as `tasks/mmlu/base`; None where there is nothing."""
     value: Any = document
     for name in path.split("/"):
-        value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
 def figure(value: Any, kind: str = "number") -> str:
     """A figure as text: "share" (per cent), "points" (signed, in points of a per cent), "nats",
-    "count", "times", "seconds" or "number".
+    "count", "times", "speed", "megabytes" (of bytes), "logit" or "number".
     """
     if value is None:
         return "–"
@@ -96,6 +99,7 @@ def figure(value: Any, kind: str = "number") -> str:
         "times": lambda: f"{value:.4f}×",
         "speed": lambda: f"{value:.2f}×",
         "megabytes": lambda: f"{value / 1e6:,.1f}",
+        "logit": lambda: f"{value:.6f}",
         "number": lambda: f"{value:,.4g}",
     }
     return shown[kind]()
