@@ -23,6 +23,8 @@ from flashhead.errors import FlashHeadError
 from flashhead.evaluate.suite.syscalls import filter_table
 
 MOST_ANSWER_BYTES = 4096
+LATE = b"late"
+"""Stands for an answer that took too long, or was too long."""
 _PROBE = """
 import os, socket
 def refused(call):
@@ -81,6 +83,8 @@ def passes(program: str, limits: Limits = Limits(), *, isolated: bool = True) ->
     answer = _run(json.dumps(job).encode(), limits.wall_seconds)
     if answer.startswith(b"refused "):
         raise FlashHeadError(_refusal(answer[8:].decode("utf-8", "replace").strip()))
+    if not answer.startswith(b"ready\n") and answer != LATE:
+        raise FlashHeadError(_refusal("the process ended before its doors were shut"))
     return answer == b"ready\n" + secret.encode()
 
 
@@ -121,7 +125,7 @@ def _run(job: bytes, wall_seconds: float) -> bytes:
             process.stdin.write(job)
             process.stdin.close()
             return _answer(process.stdout.fileno(), time.monotonic() + wall_seconds)
-        except BrokenPipeError:
+        except BrokenPipeError:  # it ended before it had read the job
             return b""
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -142,4 +146,4 @@ def _answer(pipe: int, deadline: float) -> bytes:
             if not part:
                 return answer
             answer += part
-    return b"late"
+    return LATE

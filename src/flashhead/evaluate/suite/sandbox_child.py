@@ -20,7 +20,18 @@ NOBODY = 65534
 PRELOADED = (
     *("array", "ast", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses"),
     *("datetime", "decimal", "difflib", "enum", "fractions", "functools", "hashlib", "heapq"),
-    *("itertools", "json", "math", "numbers", "operator", "random", "re", "socket", "statistics"),
+    *(
+        "itertools",
+        "json",
+        "math",
+        "numbers",
+        "operator",
+        "random",
+        "re",
+        "signal",
+        "socket",
+        "statistics",
+    ),
     *("string", "struct", "textwrap", "time", "typing", "unicodedata"),
 )
 """Imported before root becomes nobody, who may not be able to read root's interpreter."""
@@ -118,7 +129,7 @@ def main() -> None:
         if job["filter"] is not None:
             become_nobody()
             forbid(job["filter"])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the program must not run
         os.write(answer, f"refused {error}\n".encode())
         os._exit(1)
     os.write(answer, b"ready\n")
