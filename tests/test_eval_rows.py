@@ -66,8 +66,7 @@ def test_hidden_states_of_batches_are_those_of_single_rows(sliding):
         shared += group.shared > 0
         prefix = body.prefix(rows[group.members[0]][: group.shared])
         hidden, _ = body.prefill([rows[i] for i in group.members], prefix, 3)
-        for i, states in zip(group.members, hidden, strict=True):
-            got[i] = states
+        got |= dict(zip(group.members, hidden, strict=True))
     assert shared == 2
     assert sorted(got) == list(range(len(rows)))
     for i, truth in enumerate(wanted):

@@ -169,7 +169,7 @@ assert not done, done
         "import os\nos._exit(0)",
         "raise SystemExit(0)",
         "import os\nfor fd in range(64):\n try: os.close(fd)\n except OSError: pass",
-        "import os\nfor fd in range(3, 9):\n try: os.write(fd, b'x' * 10**6)\n except OSError: pass",
+        "import os\nfor n in range(3, 9):\n try: os.write(n, b'x' * 10**6)\n except OSError: pass",
     ],
     ids=["_exit", "SystemExit", "closes", "floods"],
 )
@@ -182,7 +182,7 @@ def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
     """Catches a silent fallback: the program must not have run."""
     trace = tmp_path / "trace"
     monkeypatch.setattr(sandbox, "filter_table", lambda: None)
-    with pytest.raises(FlashHeadError, match="cannot isolate.*--unsafe-code"):
+    with pytest.raises(FlashHeadError, match=r"cannot isolate.*--unsafe-code"):
         passes(f"open({str(trace)!r}, 'w')")
     assert not trace.exists()
 
@@ -192,7 +192,7 @@ def test_a_refused_filter_is_an_error_and_nothing_runs(monkeypatch):
     """Catches a child that goes on when the kernel takes no filter."""
     table = sandbox.filter_table()
     monkeypatch.setattr(sandbox, "filter_table", lambda: {**table, "allowed": [0] * 8_000})
-    with pytest.raises(FlashHeadError, match="refused|cannot isolate"):
+    with pytest.raises(FlashHeadError, match=r"refused|cannot isolate"):
         passes("pass")
 
 

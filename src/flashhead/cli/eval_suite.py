@@ -152,8 +152,8 @@ def _sides(args: argparse.Namespace, sources: tuple[str, str]) -> tuple[Any, Any
         value = transformers.load(sources[0], None, dtype=dtypes[0], device=device, crossover=64)
     else:
         value = transformers.load_dense(sources[0], dtype=dtypes[0], packed=None, device=device)
-    sides = [
-        make_side(model, tokenizers[1], searched=searched, batch=args.batch, progress=True)
-        for model, searched in ((base, False), (value, args.head == "searched"))
-    ]
-    return sides[0], sides[1], tokenizers[1]
+    options = {"batch": args.batch, "progress": True}
+    left = make_side(base, tokenizers[1], searched=False, **options)
+    searched = args.head == "searched"
+    right = make_side(value, tokenizers[1], searched=searched, like=left, **options)
+    return left, right, tokenizers[1]

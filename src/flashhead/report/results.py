@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Check:
         if not holds:
             raise FlashHeadError(f"{self.path}: {where}: {wanted}; measure again")
 
-    def fields(self, value: Any, wanted: dict[str, type], where: str) -> None:
+    def fields(self, value: Any, wanted: Mapping[str, type], where: str) -> None:
         """Fields of an object, by name and type."""
         self.require(isinstance(value, dict), where.strip(".") or "the file", "wanted an object")
         for name, kind in wanted.items():

@@ -121,6 +121,8 @@ def last_number(text: str) -> str | None:
 def humaneval(folder: Path, limit: int, seed: int) -> list[Doc]:
     """Problems of HumanEval (arXiv 2107.03374) with their tests.
 
+    The prompt's last newline is left to the model: tokenizers join it with the indent after it.
+
     Raises:
         FlashHeadError: neither the package nor `HumanEval.jsonl.gz` in the folder is there.
     """
@@ -133,7 +135,8 @@ def humaneval(folder: Path, limit: int, seed: int) -> list[Doc]:
             )
         file = Path(package.submodule_search_locations[0]) / "data" / file.name
     rows = _records(file, "humaneval", ("task_id", "prompt", "test", "entry_point"))
-    return _drawn([{name: row[name] for name in rows[0]} for row in rows], limit, seed)
+    docs = [{**row, "prompt": row["prompt"].rstrip()} for row in rows]
+    return _drawn(docs, limit, seed)
 
 
 def wikitext(folder: Path, limit: int, seed: int) -> list[Doc]:

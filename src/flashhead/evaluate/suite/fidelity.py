@@ -15,7 +15,7 @@ from flashhead.evaluate.metrics import Reference
 from flashhead.evaluate.suite.heads import CHUNK_ROWS
 from flashhead.evaluate.suite.rows import batches, groups
 
-MOST_ROWS, MOST_POSITIONS = 32, 256
+MOST_ROWS, MOST_POSITIONS = 16, 256
 """Of a task, for the distributions."""
 MOST_EXAMPLES = 5
 TOP = 5
@@ -90,7 +90,8 @@ def distributions(base: Any, value: Any, asked: list[Asked], seed: int) -> dict[
         positions = min(asked[i].positions, left)
         cut = len(asked[i].row) - asked[i].positions + positions
         picked.append(Asked(asked[i].row[:cut], positions))
-    states = [hidden_states(side, picked) for side in (base, value)]
+    read = hidden_states(base, picked)
+    states = [read, read if value.body is base.body else hidden_states(value, picked)]
     kl, agree = [], []
     for a, b in zip(*(torch.cat(s).split(CHUNK_ROWS) for s in states), strict=True):
         truth, other = Reference(base.head.logits(a)), value.head.logits(b)

@@ -3,6 +3,10 @@
 Each request is answered once and kept (`answers.py`). Requests of a task are sorted and batched by
 how they begin (`rows.py`). Log-likelihoods of one-token continuations of the same text, such as the
 letters of a multiple choice, come from one position.
+
+Two heads on one body (the same weights in the same dtype) share its passes: while one model
+answers, its companion's head answers from the same hidden states. A generation that the companion
+would continue otherwise is left to the companion's own run.
 """
 
 import sys
@@ -32,7 +36,7 @@ class HarnessModel(TemplateLM):
         ends: tokens that end a generation.
         progress: a bar with the time left, on stderr.
 
-    `asked` holds the keys of the last requests, in order.
+    `asked` holds the keys of the last requests, in order; `companion` has the same body.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class HarnessModel(TemplateLM):
         self.answers: Answers | None = None
         self.name = ""
         self.asked: list[str] = []
+        self.companion: HarnessModel | None = None
         self.batch_sizes: set[int] = set()
 
     @property
@@ -94,9 +99,27 @@ class HarnessModel(TemplateLM):
         return [(known[key]["logprob"], known[key]["greedy"]) for key in keys]
 
     def _keep_loglikelihood(self, key: str, states: Any, wanted: list[int]) -> None:
+        for model in (self, self.companion):
+            if model is None or model.known(key):
+                continue
+            values, best = token_logprobs(model.head, states, torch.tensor(wanted))
+            model.keep(
+                key,
+                {
+                    "logprob": float(values.sum()),
+                    "greedy": bool(best.all()),
+                    "tokens": len(wanted),
+                },
+            )
+
+    def known(self, key: str) -> bool:
+        """Whether a request was answered."""
         assert self.answers is not None
-        values, best = token_logprobs(self.head, states, torch.tensor(wanted))
-        answer = {"logprob": float(values.sum()), "greedy": bool(best.all()), "tokens": len(wanted)}
+        return key in self.answers.known
+
+    def keep(self, key: str, answer: dict[str, Any]) -> None:
+        """Keep an answer."""
+        assert self.answers is not None
         self.answers.add(key, answer)
 
     def generate_until(self, requests: Any, **_: Any) -> list[str]:
@@ -113,27 +136,30 @@ class HarnessModel(TemplateLM):
 
         def answer(members: list[int], prefix: Any) -> None:
             places = [missing[i] for i in members]
-            option = options[places[0]]
-            found = self._generate([rows[i] for i in places], option, prefix)
-            for place, record in zip(places, found, strict=True):
-                assert self.answers is not None
-                self.answers.add(keys[place], record)
+            asked = [keys[i] for i in places]
+            self._generate([rows[i] for i in places], asked, options[places[0]], prefix)
 
         self._in_batches([rows[i] for i in missing], answer, lambda _: 1)
         return [known[key]["text"] for key in keys]
 
     def _generate(
-        self, rows: list[list[int]], option: dict[str, Any], prefix: Any
-    ) -> list[dict[str, Any]]:
+        self, rows: list[list[int]], keys: list[str], option: dict[str, Any], prefix: Any
+    ) -> None:
+        """Generate and keep the answers to rows that end by the same rules."""
         until: list[str] = option["until"]
-        certified, candidates = [0] * len(rows), [0] * len(rows)
+        own = _Tally(len(rows))
+        other = _Tally(0)
+        if self.companion is not None:
+            other = _Tally(len(rows), [self.companion.known(key) for key in keys])
         alive = list(range(len(rows)))
 
         def choose(hidden: Any) -> list[int]:
             found = self.head.choose(hidden)
-            for place, (_, sure, count) in zip(alive, found, strict=True):
-                certified[place] += sure
-                candidates[place] += count
+            own.add(alive, found)
+            follows = [i for i, place in enumerate(alive) if place in other.follows]
+            if follows and self.companion is not None:
+                beside = self.companion.head.choose(hidden[follows])
+                other.add([alive[i] for i in follows], beside, [found[i][0] for i in follows])
             return [token for token, _, _ in found]
 
         def ended(place: int, new: list[int]) -> bool:
@@ -144,15 +170,11 @@ class HarnessModel(TemplateLM):
             return over
 
         new = generate(self.body, rows, choose, ended, option["max_gen_toks"], prefix)
-        return [
-            {
-                "tokens": tokens,
-                "text": self._text(tokens, until),
-                "certified": certified[i],
-                "candidates": candidates[i],
-            }
-            for i, tokens in enumerate(new)
-        ]
+        for i, tokens in enumerate(new):
+            answer = {"tokens": tokens, "text": self._text(tokens, until)}
+            self.keep(keys[i], answer | own.counts(i))
+            if self.companion is not None and i in other.follows:
+                self.companion.keep(keys[i], answer | other.counts(i))
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -190,3 +212,33 @@ class HarnessModel(TemplateLM):
                 for members in batches(group, at_once):
                     answer(members, prefix)
                     bar.update(len(members))
+
+
+class _Tally:
+    """What a head has counted for each row, and which rows it still agrees about.
+
+    Args:
+        rows: how many.
+        done: rows that need no counting; None: none.
+    """
+
+    def __init__(self, rows: int, done: list[bool] | None = None) -> None:
+        self.certified, self.candidates = [0] * rows, [0] * rows
+        self.follows = {i for i in range(rows) if done is None or not done[i]}
+
+    def add(
+        self,
+        places: list[int],
+        found: list[tuple[int, bool, int]],
+        wanted: list[int] | None = None,
+    ) -> None:
+        """Count tokens; a row whose token is not the one wanted is followed no longer."""
+        for i, (place, (token, sure, count)) in enumerate(zip(places, found, strict=True)):
+            self.certified[place] += sure
+            self.candidates[place] += count
+            if wanted is not None and token != wanted[i]:
+                self.follows.discard(place)
+
+    def counts(self, place: int) -> dict[str, int]:
+        """Of one row."""
+        return {"certified": self.certified[place], "candidates": self.candidates[place]}

@@ -76,12 +76,12 @@ def _common(a: list[int], b: list[int]) -> int:
     return low
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands where the head was, keeps what enters it and scores nothing."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.weight = head.weight
+        self.weight, self.bias = head.weight, head.bias
         self.hidden = torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Body:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
-        self._recorder = _Recorder(self.head)
+        self._recorder = Recorder(self.head)
         model.set_output_embeddings(self._recorder)
         self.sharing = not latent_modules(model)
 

@@ -103,9 +103,12 @@ def run_task(
 ) -> dict[str, Any]:
     """One task: both models' answers, scores, and how they differ."""
     scores, answers, seconds = [], [], {}
+    for side in (base, value):
+        path = options.cache / side.fingerprint[:16] / f"{task.name}.jsonl"
+        side.harness.answers = Answers(path, side.fingerprint, resume=options.resume)
     for name, side in (("base", base), ("value", value)):
         begun = time.perf_counter()
-        got, kept = _answered(task, side, name, options)
+        got, kept = _answered(task, side, name)
         seconds[name] = round(time.perf_counter() - begun, 1)
         scores.append(got)
         answers.append(kept)
@@ -138,9 +141,7 @@ def run_task(
     return row | {"seconds": seconds}
 
 
-def _answered(
-    task: Task, side: Side, name: str, options: SuiteOptions
-) -> tuple[list[float], list[dict[str, Any]]]:
+def _answered(task: Task, side: Side, name: str) -> tuple[list[float], list[dict[str, Any]]]:
     """Scores of a task's documents, in order, and the answers they rest on (the first, where a
     document asks for several).
     """
@@ -149,10 +150,7 @@ def _answered(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = side.harness
     harness.name = f"{task.name}, {name}"
-    folder = options.cache / side.fingerprint[:16]
-    harness.answers = Answers(
-        folder / f"{task.name}.jsonl", side.fingerprint, resume=options.resume
-    )
+    assert harness.answers is not None
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its bars; ours go to the real one
             results: Any = evaluator.evaluate(

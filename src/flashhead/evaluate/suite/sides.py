@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flashhead.evaluate.suite.answers import fingerprint
 from flashhead.evaluate.suite.harness import HarnessModel
 from flashhead.evaluate.suite.heads import DenseHead, Head, SearchedHead
-from flashhead.evaluate.suite.rows import Body
+from flashhead.evaluate.suite.rows import Body, Recorder
 
 MOST_ROWS = 16
 """Of a batch on a CPU: more rows gain nothing once products are bound by arithmetic."""
@@ -42,7 +43,13 @@ class Side:
 
 
 def make_side(
-    model: Any, tokenizer: Any, *, searched: bool, batch: int | None, progress: bool
+    model: Any,
+    tokenizer: Any,
+    *,
+    searched: bool,
+    batch: int | None,
+    progress: bool,
+    like: Side | None = None,
 ) -> Side:
     """A side of a loaded model; its output embedding is taken out of it.
 
@@ -52,6 +59,7 @@ def make_side(
         searched: whether its FlashHead answers; else its own head, in float32.
         batch: rows at a time; None: as many as a share of the free memory holds.
         progress: bars on stderr.
+        like: another side; if its body is the same, one body serves both.
     """
     from flashhead.integrations.transformers import head_of, logit_postprocess
 
@@ -64,11 +72,29 @@ def make_side(
         head = SearchedHead(head_of(model), process)
     else:
         head = DenseHead(model.get_output_embeddings(), process)
-    body = Body(model)
+    shared = like is not None and same_body(like.body, model)
+    body = like.body if like is not None and shared else Body(model)
     at_once = _constant(batch) if batch is not None else _by_memory(model)
     harness = HarnessModel(body, head, tokenizer, at_once, end_tokens(model, tokenizer), progress)
-    settings = {"dtype": dtype, "head": head.path, "fingerprint": found}
+    if like is not None and shared:
+        like.harness.companion = harness
+    settings = {"dtype": dtype, "head": head.path, "fingerprint": found, "shares_body": shared}
     return Side(body, head, harness, found, at_once, settings)
+
+
+def same_body(body: Body, model: Any) -> bool:
+    """Whether a model is a body's twin but for the index: the same modules, weights and dtypes."""
+    mine, other = body.model.state_dict(), model.state_dict()
+    kinds = [
+        [type(module) for module in one.modules() if not isinstance(module, (Recorder, nn.Linear))]
+        for one in (body.model, model)
+    ]
+    return (
+        type(body.model) is type(model)
+        and kinds[0] == kinds[1]
+        and mine.keys() == other.keys()
+        and all(mine[n].dtype == other[n].dtype and torch.equal(mine[n], other[n]) for n in mine)
+    )
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
