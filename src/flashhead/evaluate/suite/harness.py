@@ -132,7 +132,11 @@ class HarnessModel(TemplateLM):
         ]
         assert self.answers is not None
         known = self.answers.known
-        missing = [i for i, key in enumerate(keys) if key not in known]
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key not in known:
+                first.setdefault(key, i)
+        missing = list(first.values())
 
         def answer(members: list[int], prefix: Any) -> None:
             places = [missing[i] for i in members]

@@ -21,7 +21,7 @@ from flashhead.errors import FlashHeadError
 
 QUESTIONS = 20
 """Of a document."""
-LEAST_CONTEXT = 256
+LEAST_CONTEXT, LEAST_FACTS = 256, 4
 _WORDS = re.findall(
     r"\w+",
     """
@@ -60,6 +60,8 @@ def probe(
         for start in range(0, wanted, QUESTIONS):
             rng = np.random.default_rng((seed, list(_MAKERS).index(name), context, start))
             body, questions = _fitted(_MAKERS[name], rng, context, count_tokens)
+            if not questions:
+                raise FlashHeadError(f"--context {context}: too short for {name} in these tokens")
             docs += [
                 {
                     "prompt": body + question,
@@ -75,7 +77,7 @@ def probe(
 def _fitted(
     make: Any, rng: np.random.Generator, context: int, count_tokens: Count
 ) -> tuple[str, list[tuple[str, str]]]:
-    """The longest document of a maker that fits, with its questions."""
+    """The longest document of a maker that fits, with its questions; without any if none fits."""
     seed = int(rng.integers(2**31))
 
     def made(size: int) -> tuple[str, list[tuple[str, str]]]:
@@ -88,7 +90,9 @@ def _fitted(
 
     low, high = QUESTIONS, 2 * QUESTIONS
     if not fits(low):
-        low = 4  # a short context asks about fewer facts
+        low = LEAST_FACTS  # a short context asks about fewer
+        if not fits(low):
+            return "", []
     while fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 100):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flashhead.environment import provenance
+from flashhead.errors import FlashHeadError
 from flashhead.evaluate.suite import fidelity, paired
 from flashhead.evaluate.suite.answers import Answers
+from flashhead.evaluate.suite.probes import PROBES
 from flashhead.evaluate.suite.sides import Side
 from flashhead.evaluate.suite.tasks import Task, make_task, to_harness
 
@@ -60,6 +62,7 @@ def evaluate(base: Side, value: Side, tokenizer: Any, options: SuiteOptions) -> 
     """
     os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     start = time.perf_counter()
+    _require_length(base, options)
     tasks = [
         make_task(
             name,
@@ -96,6 +99,14 @@ def evaluate(base: Side, value: Side, tokenizer: Any, options: SuiteOptions) -> 
         "seconds": round(time.perf_counter() - start, 1),
         **provenance(),
     }
+
+
+def _require_length(side: Side, options: SuiteOptions) -> None:
+    """A document that is longer than the model reads would measure nothing of it."""
+    most = getattr(side.body.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(options.contexts)
+    if most is not None and longest > most and set(options.tasks) & set(PROBES):
+        raise FlashHeadError(f"--context {longest}: the model reads at most {most:,} tokens")
 
 
 def run_task(
