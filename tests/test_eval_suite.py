@@ -132,7 +132,7 @@ def test_a_head_that_errs_is_seen(converted, base, tmp_path, capsys, monkeypatch
     def noisy(self, hidden):
         logits = clean(self, hidden)
         phase = 100 * hidden.float().sum(1, keepdim=True) + torch.arange(logits.shape[1])
-        return logits + 0.1 * logits.std() * torch.sin(phase)
+        return logits + 4 * logits.std() * torch.sin(phase)
 
     def choose(self, hidden):
         return [(token, False, 1) for token in noisy(self, hidden).argmax(1).tolist()]
