@@ -236,9 +236,11 @@ def test_smollm2(tmp_path, capsys, tmp_path_factory):
     """Two questions a task of a real model: the searched head's tokens are the dense head's."""
     folder = tmp_path_factory.mktemp("real")
     write_data(folder)
+    out = str(tmp_path_factory.mktemp("real") / "converted")
+    assert main(["convert", "smollm2-135m", out, "--set", "calibration_tokens=512"]) == 0
     document = run(
         capsys,
-        *("smollm2-135m", "--against", "smollm2-135m", "--tasks", "all", "--limit", "2"),
+        *(out, "--against", "smollm2-135m", "--tasks", "all", "--limit", "2"),
         *("--context", "600", "--data-dir", str(folder), "--cache", str(tmp_path)),
     )
     assert document["greedy"]["tokens"] >= 50

@@ -317,7 +317,8 @@ def test_in_a_browser(page, tmp_path):
         verdict = tab.evaluate("document.querySelector('#verdict').innerText")
         tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         shown = tab.evaluate(
-            "[...document.querySelectorAll('[data-field]')].map(e => [e.dataset.file, e.dataset.field, e.dataset.value, e.innerText])"
+            "[...document.querySelectorAll('[data-field]')].map(e => "
+            "[e.dataset.file, e.dataset.field, e.dataset.value, e.innerText])"
         )
         assert tab.problems == []
         assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
