@@ -8,6 +8,7 @@ that does not check is an error: nobody's figures should rest on an edited file.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ class Answers:
             whole = text[: text.rfind("\n") + 1]
             for number, line in enumerate(whole.splitlines(), start=1):
                 self._take(number, line)
-            path.write_text(whole, encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
+            if whole != text:
+                os.truncate(path, len(whole.encode()))
+            self._file = path.open("a" if resume else "w", encoding="utf-8")
         except UnicodeDecodeError as error:
             raise FlashHeadError(f"{path}: not a file of answers; remove it") from error
         except OSError as error:

@@ -134,6 +134,8 @@ def run_task(
         row["scored_tokens"] = int(sum(tokens))
     else:
         row |= paired.compare(scores[0], scores[1], where, options.seed)
+        pairs = list(zip(*scores, strict=True))
+        row |= {"lost": pairs.count((1.0, 0.0)), "gained": pairs.count((0.0, 1.0))}
     asked = _asked(task, base, answers[0])
     if task.kind == "generate_until":
         row |= fidelity.generations(answers[0], answers[1])
