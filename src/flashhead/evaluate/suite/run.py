@@ -60,7 +60,7 @@ def evaluate(base: Side, value: Side, tokenizer: Any, options: SuiteOptions) -> 
     Raises:
         FlashHeadError: data is missing or malformed, or a kept answer was changed.
     """
-    os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     start = time.perf_counter()
     _require_length(base, options)
     tasks = [

@@ -3,11 +3,12 @@
 What it may do is a list of system calls (`syscalls.py`): it computes, reads files, and nothing
 else. It cannot start processes or threads, open a file for writing, remove or rename one, open a
 socket, signal a process, or call ioctl. Everything else fails with EPERM. Limits of time, memory
-and files come on top, and root becomes nobody first.
+and files come on top, and root becomes nobody first where it can.
 
 Only the standard library, and nothing of flashhead: the interpreter is started with -I -S.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -100,13 +101,18 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def become_nobody() -> None:
-    """Give up root, and with it every privilege."""
+    """Give up root, and with it every privilege; on top of the filter, which holds for root too.
+
+    Where there is no other user to become (a user namespace of one, a container without the
+    capability) root is no real root, and stays.
+    """
     if os.geteuid() != 0:
         return
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    with contextlib.suppress(OSError):
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
 def main() -> None:
