@@ -203,7 +203,7 @@ class HarnessModel(TemplateLM):
             total=len(rows),
             desc=self.name,
             unit="row",
-            disable=not self.progress,
+            disable=not (self.progress and rows),
             file=sys.__stderr__,
         )
         with bar:
