@@ -160,6 +160,35 @@ def test_a_head_that_errs_is_seen(converted, base, tmp_path, capsys, monkeypatch
     assert best == {"base": example["base_token"], "value": example["value_token"]}
 
 
+def test_another_body_runs_on_its_own(base, tmp_path, capsys):
+    """Catches a body that is taken for the base's because only one weight differs, and a value
+    whose answers are the base's."""
+    from flashhead.integrations.transformers import load_dense, load_tokenizer
+
+    other = tmp_path / "other"
+    model = load_dense(base)
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(-40)
+    model.save_pretrained(other)
+    load_tokenizer(base).save_pretrained(other)
+    document = run(
+        capsys,
+        *(str(other), "--against", base, "--tasks", "copy", "--context", "600", "--limit", "3"),
+        *("--head", "dense", "--cache", str(tmp_path / "kept")),
+    )
+    row = document["tasks"]["copy"]
+    assert document["sides"]["value"]["shares_body"] is False
+    assert row["agreement"] < 1
+    assert row["kl"]["mean"] > 1e-3
+    assert row["certified"] is None
+    alike = run(
+        capsys,
+        *(base, "--against", base, "--tasks", "copy", "--context", "600", "--limit", "3"),
+        *("--head", "dense", "--cache", str(tmp_path / "kept")),
+    )
+    assert alike["tasks"]["copy"]["agreement"] == 1
+    assert alike["tasks"]["copy"]["kl"]["max"] == 0
+
+
 def test_a_stopped_run_goes_on(converted, base, tmp_path, capsys, monkeypatch):
     """Catches answers that are asked again after Ctrl-C, and a resumed run that says otherwise."""
     from flashhead.evaluate.suite.rows import Body

@@ -148,10 +148,13 @@ def _sides(args: argparse.Namespace, sources: tuple[str, str]) -> tuple[Any, Any
     print(f"loading {args.against} and {args.model} ...", file=sys.stderr, flush=True)
     base = transformers.load_dense(sources[1], dtype=dtypes[1], device=device)
     if args.head == "searched":
-        # every row is searched whatever the crossover, so none is measured
-        value = transformers.load(sources[0], None, dtype=dtypes[0], device=device, crossover=64)
+        # every row is searched whatever the crossover, so none is measured; both bodies unpack what
+        # is packed, so that equal weights give equal hidden states
+        value = transformers.load(
+            sources[0], None, dtype=dtypes[0], device=device, crossover=64, packed=False
+        )
     else:
-        value = transformers.load_dense(sources[0], dtype=dtypes[0], packed=None, device=device)
+        value = transformers.load_dense(sources[0], dtype=dtypes[0], packed=False, device=device)
     options = {"batch": args.batch, "progress": True}
     left = make_side(base, tokenizers[1], searched=False, **options)
     searched = args.head == "searched"

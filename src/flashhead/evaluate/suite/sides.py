@@ -76,9 +76,10 @@ def make_side(
     body = like.body if like is not None and shared else Body(model)
     at_once = _constant(batch) if batch is not None else _by_memory(model)
     harness = HarnessModel(body, head, tokenizer, at_once, end_tokens(model, tokenizer), progress)
-    if like is not None and shared:
-        like.harness.companion = harness
-    settings = {"dtype": dtype, "head": head.path, "fingerprint": found, "shares_body": shared}
+    settings: dict[str, Any] = {"dtype": dtype, "head": head.path, "fingerprint": found}
+    if like is not None:
+        settings["shares_body"] = shared
+        like.harness.companion = harness if shared else None
     return Side(body, head, harness, found, at_once, settings)
 
 
