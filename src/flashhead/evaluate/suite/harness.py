@@ -92,25 +92,24 @@ class HarnessModel(TemplateLM):
             keep = max(len(w) for i in members for w in wanted_of[i].values())
             hidden, _ = self.body.prefill([rows[i] for i in members], prefix, keep)
             for states, i in zip(hidden, members, strict=True):
-                for key, wanted in wanted_of[i].items():
-                    self._keep_loglikelihood(key, states[-len(wanted) :], wanted)
+                self._keep_loglikelihoods(wanted_of[i], states)
 
         self._in_batches(rows, answer, lambda i: max(map(len, wanted_of[i].values())))
         return [(known[key]["logprob"], known[key]["greedy"]) for key in keys]
 
-    def _keep_loglikelihood(self, key: str, states: Any, wanted: list[int]) -> None:
+    def _keep_loglikelihoods(self, wanted_of: dict[str, list[int]], states: Any) -> None:
+        """Answer for continuations by key; they end where the hidden states `[n, d]` end."""
+        by_length: dict[int, list[str]] = {}
+        for key, wanted in wanted_of.items():
+            by_length.setdefault(len(wanted), []).append(key)
         for model in (self, self.companion):
-            if model is None or model.known(key):
-                continue
-            values, best = token_logprobs(model.head, states, torch.tensor(wanted))
-            model.keep(
-                key,
-                {
-                    "logprob": float(values.sum()),
-                    "greedy": bool(best.all()),
-                    "tokens": len(wanted),
-                },
-            )
+            for length, keys in by_length.items():
+                if model is None or all(model.known(key) for key in keys):
+                    continue
+                tokens = torch.tensor([wanted_of[key] for key in keys])
+                found = token_logprobs(model.head, states[-length:], tokens)
+                for key, value, greedy in zip(keys, *(x.tolist() for x in found), strict=True):
+                    model.keep(key, {"logprob": value, "greedy": greedy, "tokens": length})
 
     def known(self, key: str) -> bool:
         """Whether a request was answered."""

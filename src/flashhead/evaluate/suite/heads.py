@@ -81,20 +81,22 @@ Head = DenseHead | SearchedHead
 
 
 def token_logprobs(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of a token at each hidden state, and whether it is the most likely one.
+    """Log-probabilities of continuations, and whether each is what greedy decoding gives.
 
     Args:
         head: the head.
         hidden: floating `[n, d]`.
-        tokens: `int64[n]`.
+        tokens: `int64[k, n]`, k continuations of n tokens.
 
     Returns:
-        `float64[n]`, `bool[n]`.
+        `float64[k]`, `bool[k]`.
     """
-    values, best = [], []
-    for states, wanted in zip(hidden.split(CHUNK_ROWS), tokens.split(CHUNK_ROWS), strict=True):
+    values = torch.zeros(len(tokens), dtype=torch.float64)
+    greedy = torch.ones(len(tokens), dtype=torch.bool)
+    parts = zip(hidden.split(CHUNK_ROWS), tokens.split(CHUNK_ROWS, dim=1), strict=True)
+    for states, wanted in parts:
         logits = head.logits(states)
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        values.append(chosen.double() - torch.logsumexp(logits, 1).double())
-        best.append(logits.argmax(1) == wanted)
-    return torch.cat(values), torch.cat(best)
+        chosen = logits.gather(1, wanted.T).double()
+        values += (chosen - torch.logsumexp(logits, 1).double()[:, None]).sum(0)
+        greedy &= (logits.argmax(1) == wanted).all(1)
+    return values, greedy
