@@ -7,7 +7,7 @@ Words and numbers are drawn by the seed; no text file is needed.
 
     needle     numbers hidden between sentences, one a name
     lookup     lines of `name: number`, nothing else
-    copy       lines of random words; one is to be repeated exactly
+    copy       lines of random words; one is to be continued exactly, from its number and two words
     addition   solved sums; one more is to be solved
 """
 
@@ -140,11 +140,16 @@ def _copy(rng: np.random.Generator, size: int) -> tuple[str, list[tuple[str, str
     lines = [" ".join(_WORDS[i] for i in row) for row in words]
     body = "".join(f"Line {n}: {line}\n" for n, line in enumerate(lines, start=1))
     asked = rng.choice(size, size=min(QUESTIONS, size), replace=False)
-    return body, [(f"\nThe same line again:\nLine {i + 1}:", lines[i]) for i in asked]
+    questions = []
+    for i in asked:
+        first, second, rest = lines[i].split(" ", 2)
+        questions.append((f"\nThe same line again:\nLine {i + 1}: {first} {second}", rest))
+    return body, questions
 
 
 def _addition(rng: np.random.Generator, size: int) -> tuple[str, list[tuple[str, str]]]:
-    sums = rng.integers(100, 10_000, size=(size + QUESTIONS, 2))
+    # two, three and four digits alike often
+    sums = (10 ** rng.uniform(1, 4, size=(size + QUESTIONS, 2))).astype(int)
     lines = [(f"{a} + {b} =", str(a + b)) for a, b in sums.tolist()]
     body = "".join(f"{left} {right}\n" for left, right in lines[:size])
     return body, lines[size : size + min(QUESTIONS, size)]
