@@ -131,5 +131,6 @@ def _through_cache(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _name(model: str) -> str:
-    """A model's name without the machine's folders."""
-    return Path(model).name if Path(model).exists() else model
+    """A model's name, or a file's, without the machine's folders."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model
