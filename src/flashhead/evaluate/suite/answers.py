@@ -26,6 +26,8 @@ class Answers:
         fingerprint: of what is evaluated.
         resume: whether answers of an earlier run count.
 
+    `resumed` is how many there were.
+
     Raises:
         FlashHeadError: the file cannot be read or written, or a line of it was changed.
     """
@@ -39,6 +41,7 @@ class Answers:
             whole = text[: text.rfind("\n") + 1]
             for number, line in enumerate(whole.splitlines(), start=1):
                 self._take(number, line)
+            self.resumed = len(self.known)
             if whole != text:
                 os.truncate(path, len(whole.encode()))
             self._file = path.open("a" if resume else "w", encoding="utf-8")

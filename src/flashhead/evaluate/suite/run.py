@@ -117,6 +117,7 @@ def run_task(
     for side in (base, value):
         path = options.cache / side.fingerprint[:16] / f"{task.name}.jsonl"
         side.harness.answers = Answers(path, side.fingerprint, resume=options.resume)
+    resumed = sum(side.harness.answers.resumed for side in (base, value) if side.harness.answers)
     for name, side in (("base", base), ("value", value)):
         begun = time.perf_counter()
         got, kept = _answered(task, side, name)
@@ -151,7 +152,7 @@ def run_task(
     row |= found
     if task.docs and "context" in task.docs[0]:
         row["by_context"] = _by_context(task, scores, options.seed)
-    return row | {"seconds": seconds}
+    return row | {"seconds": seconds, "resumed_answers": resumed}
 
 
 def _answered(task: Task, side: Side, name: str) -> tuple[list[float], list[dict[str, Any]]]:
