@@ -1,9 +1,14 @@
-"""`flashhead eval MODEL --against BASE`: what a conversion lost, through the real cache path."""
+"""`flashhead eval MODEL --against BASE`: what a conversion lost, task by task.
+
+With `--data FILE` the task is perplexity through the real cache path (`evaluate/perplexity.py`),
+else the tasks are those of `evaluate/suite`, through lm-evaluation-harness.
+"""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from flashhead.cli import eval_suite
 from flashhead.cli.arguments import (
     MODEL_HELP,
     Parser,
@@ -15,9 +20,10 @@ from flashhead.cli.arguments import (
     write_document,
 )
 from flashhead.errors import FlashHeadError
+from flashhead.report.results import document_sha256
 
 NAME = "model"
-TASKS = ("perplexity",)
+PERPLEXITY_TOKENS = 16384
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,30 +36,32 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--against", required=True, metavar="BASE", help="the original model")
-    parser.add_argument("--tasks", choices=TASKS, default="perplexity", help="default: perplexity")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
     parser.add_argument(
-        "--data", type=existing_file, required=True, metavar="FILE", help=".txt or .jsonl"
+        "--limit",
+        type=integer(1),
+        metavar="N",
+        help="questions a task (default: 200); with --data: tokens (default: 16384)",
     )
-    parser.add_argument(
-        "--limit", type=integer(2), default=16384, metavar="TOKENS", help="default: 16384"
-    )
-    parser.add_argument(
+    eval_suite.add_arguments(parser)
+    cached = parser.add_argument_group("perplexity through the cache, with --data")
+    cached.add_argument("--data", type=existing_file, metavar="FILE", help=".txt or .jsonl")
+    cached.add_argument(
         "--decode-share",
         type=real("from 0 to 1", lambda value: 0 <= value <= 1),
         default=0.25,
         metavar="S",
         help="of every window's tokens, from its end, one at a time (default: 0.25)",
     )
-    parser.add_argument(
+    cached.add_argument(
         "--window", type=integer(2), default=512, metavar="N", help="tokens (default: 512)"
     )
-    parser.add_argument(
+    cached.add_argument(
         "--kv-dtype",
         choices=("bf16", "fp8", "int8", "int4", "mixed"),
         help="of MODEL's latents (default: as its folder says)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
 def with_name(argv: list[str], names: Any) -> list[str]:
@@ -65,6 +73,25 @@ def with_name(argv: list[str], names: Any) -> list[str]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print the table."""
+    if args.data is None:
+        if args.kv_dtype is not None:
+            raise FlashHeadError("--kv-dtype without --data: wanted both")
+        document = eval_suite.evaluate_suite(args)
+    else:
+        if args.tasks != ("perplexity",):
+            raise FlashHeadError("--data is for --tasks perplexity; other tasks take --data-dir")
+        document = _through_cache(args)
+    document["model"], document["against"] = _name(args.model), _name(args.against)
+    document["argv"] = [_name(argument) for argument in document["argv"]]
+    if "kind" in document:
+        document["sha256"] = document_sha256(document)
+    if args.out:
+        write_document(args.out, document)
+    return document
+
+
+def _through_cache(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of one text, decoding through the cache."""
     from flashhead.cli import session
 
     sources = [session.open_source(name) for name in (args.model, args.against)]
@@ -77,7 +104,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise FlashHeadError(f"--against {args.against}: its vocabulary is not {args.model}'s")
     windows = token_windows(
-        read_documents(args.data), tokenizers[1], args.limit, window_tokens=args.window
+        read_documents(args.data),
+        tokenizers[1],
+        args.limit or PERPLEXITY_TOKENS,
+        window_tokens=args.window,
     )
 
     def load_value() -> Any:
@@ -95,14 +125,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data=args.data,
         decode_share=args.decode_share,
     )
-    document["model"], document["against"] = _name(args.model), _name(args.against)
-    document["argv"] = [_name(argument) for argument in document["argv"]]
-    print(format_table(document, document["model"]))
-    if args.out:
-        write_document(args.out, document)
+    print(format_table(document, _name(args.model)))
     return document
 
 
 def _name(model: str) -> str:
-    """A model's name without the machine's folders."""
-    return Path(model).name if Path(model).exists() else model
+    """A model's name, or a file's, without the machine's folders."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model

@@ -35,6 +35,7 @@ from flashhead.cli import (
     heal,
     inspect,
     push,
+    report,
     serve,
     tune,
     verify,
@@ -51,6 +52,9 @@ EXTRAS = {
     "huggingface_hub": "transformers",
     "numba": "cpu",
     "matplotlib": "plots",
+    "lm_eval": "eval",
+    "jinja2": "report",
+    "datasets": "eval",
     "vllm": "vllm",
 }
 """Package that is missing: extra that brings it."""
@@ -61,7 +65,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, chat, serve, convert, heal, verify, push, inspect, tune):
+    for module in (demo, generate, chat, serve, convert, heal, verify, push, inspect, tune, report):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)
