@@ -25,6 +25,7 @@ COMMANDS = (
     ("tune",),
     ("serve",),
     ("chat",),
+    ("playground",),
     ("eval",),
     ("eval", "head"),
     ("eval", "logprobs"),

@@ -34,6 +34,7 @@ from flashhead.cli import (
     generate,
     heal,
     inspect,
+    playground,
     push,
     report,
     serve,
@@ -65,7 +66,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="flashhead", description="A retrieval head for language models.")
     parser.add_argument("--version", action="version", version=f"flashhead {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, generate, chat, serve, convert, heal, verify, push, inspect, tune, report):
+    decoding, making = (demo, generate, chat, serve, playground), (convert, heal, verify, push)
+    for module in (*decoding, *making, inspect, tune, report):
         module.add_parser(subparsers)
     evaluations = _group(subparsers, "eval", "measure quality on text")
     eval_head.add_parser(evaluations)

@@ -7,7 +7,6 @@ needs, on whichever build of vLLM is installed, and the check of those that the 
 import argparse
 import dataclasses
 import importlib.metadata
-import ipaddress
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from flashhead.cli.arguments import Parser, assignment, command, integer
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.vllm.options import read_options
 from flashhead.integrations.vllm.serving import serve_command
+from flashhead.playground.access import is_loopback
 
 QUANTIZATION = "flashhead"
 """Name under which vLLM knows the head."""
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     launch = plan(args)
     document = dataclasses.asdict(launch)
     keyed = "--api-key" in _names(args.extra) or os.environ.get("VLLM_API_KEY")
-    if not (keyed or _is_loopback(args.host)):
+    if not (keyed or is_loopback(args.host)):
         _say(
             f"warning: --host {args.host}: others can reach the server, which has no "
             "authentication; wanted -- --api-key KEY"
@@ -199,13 +199,6 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,1 @@
+"""A local page that decodes one prompt with the dense head and with FlashHead, side by side."""
