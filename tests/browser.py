@@ -18,6 +18,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_SECONDS = 60.0
+CLOSE_SECONDS = 10.0
 
 
 def find_browser() -> str:
@@ -132,7 +133,7 @@ def browser_page() -> Iterator[Page]:
         for number, pipe in zip((3, 4), high, strict=True):
             os.dup2(pipe, number)
 
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = [
             *("--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu"),
             *("--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={profile}"),
@@ -150,8 +151,13 @@ def browser_page() -> Iterator[Page]:
         os.close(to_test)
         try:
             yield Page(process, (from_test, from_browser))
-        finally:
-            process.kill()
-            process.wait()
+        finally:  # killed at once, its children would still write to the profile
+            with contextlib.suppress(OSError):
+                os.write(from_test, b'{"id": 0, "method": "Browser.close"}\0')
+            try:
+                process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             os.close(from_test)
             os.close(from_browser)

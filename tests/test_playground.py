@@ -389,7 +389,7 @@ def test_errors_of_the_model_are_one_line(server, monkeypatch):
         raise FlashHeadError("hidden holds NaN")
 
     monkeypatch.setattr(server.side_by_side, "_read", broken)
-    events = events_of(ask(server, body={"prompt": PROMPT})[2])
+    events = events_of(ask(server, body={"prompt": PROMPT, "max_new_tokens": 3})[2])
     assert events == [{"event": "error", "message": "hidden holds NaN"}]
 
 
@@ -399,6 +399,7 @@ def test_parse_keeps_what_was_given():
     request = parse(body.encode(), Limits())
     assert (request.prompt, request.new_tokens, request.raw) == ("é", 7, False)
     assert request.sampling == Sampling(temperature=1.0, seed=3)
+    assert parse(b'{"prompt": "x"}', Limits(new_tokens=9)).new_tokens == 9
     with pytest.raises(RefusedError):
         parse(b'{"prompt": "x", "max_new_tokens": 257}', Limits())
 
@@ -439,7 +440,8 @@ CONTRAST = """(() => {
     v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
     return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const paper = e => { for (; e; e = e.parentElement) {
-    const c = getComputedStyle(e).backgroundColor; if (c !== "rgba(0, 0, 0, 0)") return light(c); } return 1; };
+    const c = getComputedStyle(e).backgroundColor;
+    if (c !== "rgba(0, 0, 0, 0)") return light(c); } return 1; };
   const shown = "p, label, h1, h2, dt, dd, button:enabled, textarea, .token, .legend span, summary";
   return Math.min(...[...document.querySelectorAll(shown)].map(e => {
     const ink = light(getComputedStyle(e).color), under = paper(e);

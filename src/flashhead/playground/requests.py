@@ -54,7 +54,7 @@ class Request:
 
 def parse(body: bytes, limits: Limits) -> Request:
     """A request from its JSON: `prompt`, and if wanted `max_new_tokens`, `temperature`, `seed` and
-    `raw`.
+    `raw`. Unless given, 64 tokens or what is allowed, greedy.
 
     Raises:
         RefusedError: 400, or 413 for a prompt or a text that is too long.
@@ -68,7 +68,7 @@ def parse(body: bytes, limits: Limits) -> Request:
     unknown = set(given) - {"prompt", "max_new_tokens", "temperature", "seed", "raw"}
     if unknown:
         raise RefusedError(400, f"unknown field {min(unknown)[:40]!r}")
-    prompt, tokens = given.get("prompt"), given.get("max_new_tokens", limits.new_tokens)
+    prompt, tokens = given.get("prompt"), given.get("max_new_tokens", min(64, limits.new_tokens))
     if not isinstance(prompt, str) or not prompt.strip():
         raise RefusedError(400, "prompt: wanted a text that is not empty")
     if len(prompt) > limits.prompt_chars:
