@@ -18,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
+from flashhead.options import Sampling
 from flashhead.playground.access import Access
 from flashhead.playground.handler import Handler
 from flashhead.playground.requests import Limits
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from flashhead.playground.decode import SideBySide
 
 MOST_CONNECTIONS = 64
+WARM_UP = "Once"
 
 
 class PlaygroundServer(http.server.ThreadingHTTPServer):
@@ -74,8 +76,12 @@ class PlaygroundServer(http.server.ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
 
     def start(self, side_by_side: "SideBySide", name: str) -> None:
-        """Give it the model; then `serve_forever`."""
+        """Give it the model, warmed up by a few tokens (kernels are compiled); then
+        `serve_forever`.
+        """
         head = side_by_side.head
+        ids = side_by_side.encode(WARM_UP, True, 2, 0.0)
+        self.turns.warm_up(lambda: side_by_side.events(ids, 2, Sampling()))
         self.side_by_side = side_by_side
         self.info = {
             "model": name,

@@ -65,6 +65,10 @@ class Turns:
             job.future = self._pool.submit(self._run, job)
         return job
 
+    def warm_up(self, work: Work) -> None:
+        """Run work whose events nobody reads, in the thread that requests will run in."""
+        self._pool.submit(lambda: list(work())).result()
+
     def ahead(self, job: Job) -> int:
         """Requests before this one that have not ended or been cancelled."""
         with self._lock:
