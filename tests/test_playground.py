@@ -19,11 +19,13 @@ from flashhead.cli import main
 from flashhead.cli.session import encode
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.transformers import attach, load_tokenizer
+from flashhead.ops.noise.api import gumbel
 from flashhead.options import Sampling
 from flashhead.playground.access import Access
 from flashhead.playground.decode import SideBySide
 from flashhead.playground.requests import Limits, RefusedError, parse
 from flashhead.playground.server import PlaygroundServer
+from flashhead.playground.text import PiecewiseText
 from flashhead.playground.turns import MOST_WAITING, Turns
 
 PROMPT = "w5 w9 w30 w7"
@@ -155,6 +157,33 @@ def test_with_a_temperature_both_draw_by_the_same_noise(decoder):
     assert texts(2)[0] != dense
 
 
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_where_the_sides_part_both_tokens_are_scored(temperature, decoder, monkeypatch):
+    """Catches scores of another step or side, and a parting that is told twice."""
+    dense, seen = decoder._dense, []
+
+    def second_best(hidden, sampling, step):
+        choice = dense(hidden, sampling, step)
+        if step < 2:
+            return choice
+        seen.append(hidden)
+        return type(choice)((choice.token + 1) % 515, 515, False, 1)
+
+    monkeypatch.setitem(decoder._choosers, "dense", second_best)
+    ids = decoder.encode(PROMPT, True, 6, temperature)
+    events = list(decoder.events(ids, 6, Sampling(temperature=temperature, seed=5)))
+    (parts,) = [event for event in events if event["event"] == "parts"]
+    assert parts["step"] == 2
+    logits = (seen[0].double() @ decoder.head.weight.detach().double().T)[0]
+    noise = gumbel(5, torch.tensor([2]), 515, impl="reference")[0].double()
+    for name in ("dense", "flash"):
+        token = side(events, name)[2]["token"]
+        wanted = float(logits[token] + temperature * noise[token])
+        assert parts["float32"][name] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        assert parts["dense_dtype"][name] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert parts["float32"]["flash"] > parts["float32"]["dense"]
+
+
 def test_an_end_token_ends_its_side_and_dense_runs_where_it_is_faster(decoder, monkeypatch):
     """Catches tokens after the end, and a search that deployment would not run."""
     ids = decoder.encode(PROMPT, True, 12, 0.0)
@@ -172,10 +201,8 @@ def test_an_end_token_ends_its_side_and_dense_runs_where_it_is_faster(decoder, m
 
 def test_half_characters_wait(decoder):
     """Catches replacement characters in the text of a token that is a part of a character."""
-    from flashhead.playground.decode import _Text
-
     data = "aé€".encode()
-    text = _Text(lambda tokens: bytes(tokens).decode(errors="replace"))
+    text = PiecewiseText(lambda tokens: bytes(tokens).decode(errors="replace"))
     pieces = [text.piece(byte, last=False) for byte in data]
     assert pieces == ["a", "", "é", "", "", "€"]
     assert text.piece(0xC3, last=True) == "\ufffd"
@@ -528,6 +555,7 @@ def test_where_texts_part(decoder, monkeypatch):
         )
         said = tab.evaluate("document.querySelector('#status').textContent")
         assert said.startswith("Done: the texts part at token 4: dense")
+        assert " in the dense head's float32." in said
         parts = tab.evaluate(
             "['dense', 'flash'].map(s => [...document.querySelectorAll(`#${s}-text .token`)]"
             ".findIndex(e => e.classList.contains('parts')))"
@@ -542,7 +570,7 @@ def test_smollm2():
     a fraction of the bytes, and the float32 winner wherever bf16 does not tie."""
     from flashhead.integrations import transformers
 
-    model = transformers.load("smollm2-135m", crossover=1, progress=False)
+    model = transformers.load("smollm2-135m", crossover=1, progress=False, calibration_tokens=1024)
     made = SideBySide(model, transformers.load_tokenizer("smollm2-135m"), encode)
     ids = made.encode("The capital of France is", True, 16, 0.0)
     flash = side(list(made.events(ids, 16, Sampling())), "flash")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.transformers import logit_postprocess
 from flashhead.nn.head import FlashHead
-from flashhead.ops.noise.api import gumbel
+from flashhead.ops.noise.api import gumbel, gumbel_at
 from flashhead.options import Sampling
+from flashhead.playground.text import PiecewiseText, end_tokens
 
 SIDES = ("dense", "flash")
 
@@ -64,26 +65,12 @@ class _Caught(nn.Module):
         return hidden.new_zeros(len(hidden), 1, 1)
 
 
-class _Text:
-    """Text of tokens as they come; what may be half a character waits for its rest."""
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode, self._tokens, self._shown = decode, list[int](), 0
-
-    def piece(self, token: int, last: bool) -> str:
-        """What this token adds."""
-        self._tokens.append(token)
-        text = self._decode(self._tokens)
-        if text.endswith("\ufffd") and not last:
-            return ""
-        piece, self._shown = text[self._shown :], len(text)
-        return piece
-
-
 class _Side:
     """A decode in progress."""
 
-    def __init__(self, name: str, choose: Chooser, hidden: Tensor, cache: Any, text: _Text) -> None:
+    def __init__(
+        self, name: str, choose: Chooser, hidden: Tensor, cache: Any, text: PiecewiseText
+    ) -> None:
         self.name, self.choose, self.hidden, self.cache = name, choose, hidden, cache
         self.text = text
         self.token: int | None = None
@@ -113,7 +100,7 @@ class SideBySide:
         probe = torch.tensor([-1.0, 40.0])
         self.samples = torch.equal(logit_postprocess(model.config)(probe), probe)
         self.has_template = tokenizer.chat_template is not None
-        self.ends = _end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         self._tokenizer, self._encode = tokenizer, encode
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads at once
         self._choosers: dict[str, Chooser] = {"dense": self._dense, "flash": self._flash}
@@ -155,7 +142,8 @@ class SideBySide:
             sampling: temperature and seed.
 
         Yields:
-            JSON-able: "start" when the prompt is read, then one "token" a token.
+            JSON-able: "start" when the prompt is read, one "token" a token, and once "parts" where
+            the two differ first: what both tokens score in float32 and in the dense head's dtype.
         """
         with self._catching() as caught:
             began = time.perf_counter()
@@ -167,13 +155,17 @@ class SideBySide:
             }
             caches = (cache, copy.deepcopy(cache))
             sides = [
-                _Side(name, self._choosers[name], hidden, own, _Text(self._decode))
+                _Side(name, self._choosers[name], hidden, own, PiecewiseText(self._decode))
                 for name, own in zip(SIDES, caches, strict=True)
             ]
+            same = True
             for step in range(new_tokens):
                 for side in sides if step % 2 == 0 else reversed(sides):
                     if not side.ended:
                         yield self._step(caught, side, sampling, step, step + 1 == new_tokens)
+                if same and sides[0].token != sides[1].token:
+                    same = False
+                    yield self._parting(sides, sampling, step)
 
     def _step(
         self, caught: _Caught, side: _Side, sampling: Sampling, step: int, last: bool
@@ -194,6 +186,24 @@ class SideBySide:
             "ends": side.ended,
             "seconds": seconds,
             **dataclasses.asdict(choice),
+        }
+
+    @torch.no_grad()
+    def _parting(self, sides: list[_Side], sampling: Sampling, step: int) -> dict[str, Any]:
+        """Scores of the two tokens where the sides differ; up to there they had the same text."""
+        hidden, rows = sides[0].hidden, torch.tensor([side.token for side in sides])
+        exact = self.head.exact_logits(hidden[0], rows)
+        own = self.head.dense(hidden)[0].float().cpu()[rows]
+        if sampling.temperature > 0:
+            impl = self.head.noise_impl
+            noise = sampling.temperature * gumbel_at(sampling.seed, step, rows, impl=impl)
+            exact, own = exact + noise, own + noise
+        return {
+            "event": "parts",
+            "step": step,
+            "float32": dict(zip(SIDES, exact.tolist(), strict=True)),
+            "dense_dtype": dict(zip(SIDES, own.tolist(), strict=True)),
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
         }
 
     @torch.no_grad()
@@ -242,10 +252,3 @@ class SideBySide:
             yield caught
         finally:
             self.model.set_output_embeddings(self.head)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens after which `generate` stops."""
-    found = model.generation_config.eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    return frozenset([found] if isinstance(found, int) else found or ())
