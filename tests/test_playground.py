@@ -381,6 +381,19 @@ def test_two_tabs_both_finish_and_the_second_is_told_to_wait(server, monkeypatch
     assert len(texts[0]) == 12
 
 
+def test_http_1_0(server):
+    """Catches chunks in the stream of a proxy that knows none."""
+    body = json.dumps({"prompt": PROMPT, "max_new_tokens": 2}).encode()
+    lines = ("POST /generate HTTP/1.0", "Host: localhost", "Content-Type: application/json")
+    head = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", "")).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), SECONDS) as connection:
+        connection.sendall(head + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    headers, _, text = answer.decode().partition("\r\n\r\n")
+    assert "Transfer-Encoding" not in headers
+    assert [event["event"] for event in events_of(text)] == ["start", *["token"] * 4, "end"]
+
+
 def test_turns():
     """Catches a queue without end, work for a client that has left, and an error that takes the
     thread with it."""

@@ -105,7 +105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _stream(self, job: Job) -> None:
         """Pass events on as they come, and stop the work when the client goes."""
         try:
-            self._head(200, "application/x-ndjson", {"Transfer-Encoding": "chunked"})
+            chunked = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+            self._head(200, "application/x-ndjson", chunked)
             shown = None
             while True:
                 try:
@@ -124,13 +125,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if self._has_gone():
                     return
             self._chunk(_last_event(job))
-            self.wfile.write(b"0\r\n\r\n")
+            if self._chunked:
+                self.wfile.write(b"0\r\n\r\n")
         finally:
             job.cancelled.set()
 
     def _chunk(self, event: dict[str, Any]) -> None:
         line = json.dumps(event).encode() + b"\n"
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line) if self._chunked else line)
+
+    @property
+    def _chunked(self) -> bool:
+        """HTTP/1.0 (some proxies speak it) ends a stream by closing."""
+        return self.request_version != "HTTP/1.0"
 
     def _has_gone(self) -> bool:
         if not select.select([self.connection], [], [], 0)[0]:
