@@ -6,6 +6,7 @@ one too small unless its format is "gptq_v2"; `g_idx` names the group of each in
 (arXiv 2306.00978, "gemm") packs along the outputs, in the order 0 2 4 6 1 3 5 7.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ def read_quantization(source: str) -> dict[str, Any] | None:
     Raises:
         FlashHeadError: it is, in a layout that is not read here.
     """
-    if not (Path(source) / "config.json").is_file():
-        return None
-    config = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    # not by AutoConfig: it knows neither latent attention nor code of the model's own
+    path = Path(source) / "config.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return None  # whoever loads the folder says so
+    config = found.get("quantization_config") if isinstance(found, dict) else None
     if not isinstance(config, dict) or config.get("quant_method") not in METHODS:
         return None
     bits = config.get("bits", config.get("w_bit"))
