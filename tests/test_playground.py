@@ -142,6 +142,30 @@ def test_both_sides_are_what_generate_says(decoder):
     assert texts == [decoded, decoded]
 
 
+def test_latent_caches_are_copied(tiny_folder, tmp_path):
+    """Catches two sides that append to the same store of latents."""
+    from flashhead.convert.head import convert
+    from flashhead.integrations.transformers import load
+    from flashhead.options_latent import LatentOptions
+
+    words = torch.randint(3, 515, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "words.txt").write_text(" ".join(f"w{word}" for word in words))
+    options = LatentOptions(kv_ratio=1.0, kv_dtype="int8", calibration=(tmp_path / "words.txt",))
+    out = tmp_path / "out"
+    convert(tiny_folder, out, attention=options, progress=False, calibration_tokens=64)
+    model = load(str(out), dtype=torch.float32, crossover=1, progress=False)
+    made = SideBySide(model, load_tokenizer(str(out)), encode)
+    made.ends = frozenset()
+    ids = made.encode(PROMPT, True, 12, 0.0)
+    events = list(made.events(ids, 12, Sampling()))
+    made.head.crossover_rows = 0
+    wanted = model.generate(
+        ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+    )
+    for name in ("dense", "flash"):
+        assert [token["token"] for token in side(events, name)] == wanted[0, 4:].tolist()
+
+
 def test_with_a_temperature_both_draw_by_the_same_noise(decoder):
     """Catches sides that part by chance, a seed that is not used, and steps that repeat a draw."""
     ids = decoder.encode(PROMPT, True, 24, 5.0)
@@ -261,7 +285,11 @@ def test_a_prompt_beyond_the_context_is_refused(server):
         ({"Host": "attacker.example"}, 421),
         ({"Host": "127.0.0.1.attacker.example"}, 421),
         ({"Host": "localhost@attacker.example"}, 421),
+        ({"Host": "[::1"}, 421),
+        ({"Host": ""}, 421),
+        ({"Host": "[::1]:8080"}, 200),
         ({"Host": "localhost:9000"}, 200),
+        ({"Origin": "http://[::1"}, 403),
         ({"Origin": "http://attacker.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://127.0.0.1:1"}, 403),
@@ -283,6 +311,7 @@ def test_paths_and_methods(server):
     """Catches a file server, and a preflight that is granted."""
     assert ask(server, "GET", "/../etc/passwd")[0] == 404
     assert ask(server, "GET", "/generate")[0] == 404
+    assert ask(server, "GET", "//[")[0] == 404
     assert ask(server, path="/", body={})[0] == 404
     assert ask(server, "OPTIONS")[0] == 501
     assert ask(server, "GET", "/", headers={"Host": "attacker.example"})[0] == 421

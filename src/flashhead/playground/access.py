@@ -58,7 +58,7 @@ class Access:
         """
         if not self._loopback:
             return header is not None
-        name = urllib.parse.urlsplit(f"//{header}").hostname if header else None
+        name = _split(f"//{header or ''}").hostname
         return name is not None and is_loopback(name)
 
     def same_origin(self, headers: "Message[str, str]") -> bool:
@@ -66,7 +66,7 @@ class Access:
         if headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
             return False
         origin = headers.get("Origin")
-        return origin is None or urllib.parse.urlsplit(origin).netloc == headers.get("Host")
+        return origin is None or _split(origin).netloc == headers.get("Host")
 
     def accepts_token(self, token: str) -> bool:
         """Whether it is the token."""
@@ -91,6 +91,14 @@ class Access:
             return False
         found = cookies.get(_cookie_name(port))
         return found is not None and _equal(found.value, self._session)
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    """Parts of a URL; of what is none, empty ones."""
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError:
+        return urllib.parse.urlsplit("")
 
 
 def _cookie_name(port: int) -> str:

@@ -48,15 +48,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The page, or what it needs to know."""
         with self._refusing():
-            url = urllib.parse.urlsplit(self.path)
-            if url.path == "/" and (given := urllib.parse.parse_qs(url.query).get("token")):
+            path, _, query = self.path.partition("?")
+            if path == "/" and (given := urllib.parse.parse_qs(query).get("token")):
                 self._require_host()
                 self._let_in(given[0])
                 return
             self._require_access()
-            if url.path == "/":
+            if path == "/":
                 self._send(200, "text/html; charset=utf-8", self.server.page)
-            elif url.path == "/info":
+            elif path == "/info":
                 self._send(200, "application/json", json.dumps(self.server.info).encode())
             else:
                 raise RefusedError(404, "no such page")
@@ -65,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A stream of tokens."""
         with self._refusing():
             self._require_access()
-            if urllib.parse.urlsplit(self.path).path != "/generate":
+            if self.path.partition("?")[0] != "/generate":
                 raise RefusedError(404, "no such page")
             self._stream(self._submit())
 
