@@ -73,3 +73,24 @@ def tiny_folder(tiny_model, tmp_path_factory):  # type: ignore[no-untyped-def]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model, tiny_folder):  # type: ignore[no-untyped-def]
+    """Both heads of the tiny model, in float32, whose dense argmax has no ties of rounding; nothing
+    ends its texts.
+    """
+    from flashhead.cli.session import encode
+    from flashhead.integrations.transformers import attach, load_tokenizer
+    from flashhead.playground.decode import SideBySide
+
+    dtype, ends = tiny_model.dtype, tiny_model.generation_config.eos_token_id
+    tiny_model.float()
+    tokenizer = load_tokenizer(tiny_folder)
+    with attach(tiny_model, "codes", progress=False, calibration_tokens=256) as attachment:
+        attachment.head.crossover_rows = attachment.head.token_crossover_rows = 1
+        made = SideBySide(tiny_model, tokenizer, encode)
+        made.ends = frozenset()
+        yield made
+    tiny_model.to(dtype)
+    assert tiny_model.generation_config.eos_token_id == ends
