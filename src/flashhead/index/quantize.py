@@ -128,7 +128,9 @@ def _base(values: Tensor, bits: int, step: float) -> _Base:
 def _fine(values: Tensor, rest: Tensor, step: float, rounding: float) -> Tensor:
     """Fields 0 to 3 of one plane, rounded away from zero by `rounding`: float32[n, dims]."""
     # a negative value rounds up from `rounding`, a positive one from 1 - rounding
-    offset = torch.where(values >= 0, 1.5 + rounding, 2.5 - rounding)
+    # tensors: two numbers would come in torch's default dtype
+    positive, negative = values.new_tensor([1.5 + rounding, 2.5 - rounding]).unbind()
+    offset = torch.where(values >= 0, positive, negative)
     return offset.add_(rest, alpha=1 / step).floor_().clamp_(0, 3)
 
 
