@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashhead.bench.latent_problem import errors_of
+
 GPU_BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -49,18 +51,8 @@ class FullProblem:
         return self.query.shape[1] != self.keys[0].shape[1]
 
     def errors(self, out: Tensor) -> tuple[float, float]:
-        """Relative errors against float64, row by row the largest: of `out`, and of eager torch
-        in bfloat16.
-        """
-        own, rough = 0.0, 0.0
-        for row in range(len(self.query)):
-            right, eager = (
-                self._reference(row, dtype) for dtype in (torch.float64, torch.bfloat16)
-            )
-            size = right.norm()
-            own = max(own, float((out[row].double() - right).norm() / size))
-            rough = max(rough, float((eager.double() - right).norm() / size))
-        return own, rough
+        """As `errors_of`."""
+        return errors_of(out, self._reference)
 
     def _reference(self, row: int, dtype: torch.dtype) -> Tensor:
         """`[heads, 1, head_dim]`, one KV head after the other: float64 takes room."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,25 @@ from flashhead.ops.latent_decode.api import latent_decode
 from flashhead.ops.latent_decode.rows import Rows
 
 GROUP = 64
+
+
+def errors_of(
+    out: Tensor, reference_of: Callable[[int, torch.dtype], Tensor]
+) -> tuple[float, float]:
+    """Relative errors against float64, row by row the largest: of `out`, and of eager torch in
+    bfloat16.
+
+    Args:
+        out: floating `[batch, ...]`.
+        reference_of: a row's answer in a dtype.
+    """
+    own, rough = 0.0, 0.0
+    for row in range(len(out)):
+        right, eager = (reference_of(row, dtype) for dtype in (torch.float64, torch.bfloat16))
+        size = right.norm()
+        own = max(own, float((out[row].double() - right).norm() / size))
+        rough = max(rough, float((eager.double() - right).norm() / size))
+    return own, rough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +72,8 @@ class LatentProblem:
         )[0]
 
     def errors(self, out: Tensor) -> tuple[float, float]:
-        """Relative errors against float64, row by row the largest: of `out`, and of eager torch
-        in bfloat16.
-        """
-        own, rough = 0.0, 0.0
-        for row in range(len(self.query)):
-            right, eager = (
-                self._reference(row, dtype) for dtype in (torch.float64, torch.bfloat16)
-            )
-            size = right.norm()
-            own = max(own, float((out[row].double() - right).norm() / size))
-            rough = max(rough, float((eager.double() - right).norm() / size))
-        return own, rough
+        """As `errors_of`."""
+        return errors_of(out, self._reference)
 
     def _reference(self, row: int, dtype: torch.dtype) -> Tensor:
         index = torch.tensor([row], device=self.query.device)

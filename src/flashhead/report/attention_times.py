@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
 from flashhead.report.documents import read_json
+from flashhead.report.drawing import figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,23 +51,11 @@ def draw_attention(document: dict[str, Any], path: Path) -> None:
         FlashHeadError: `path` is named as neither.
         ImportError: matplotlib is not installed; the message names the command.
     """
-    if path.suffix not in (".svg", ".png"):
-        raise FlashHeadError(f"{path}: wanted a name that ends in .svg or .png")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed: pip install 'flashhead[plots]'", name="matplotlib"
-        ) from error
     rows = document["rows"]
     batches = sorted({row["batch"] for row in rows})
     names = list(dict.fromkeys(row["line"] for row in rows))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    # the same document gives the same bytes
-    with mpl.rc_context({"svg.hashsalt": "flashhead", "font.size": 9, "axes.axisbelow": True}):
-        size = (3.6 * (len(batches) + 1), 3.6)
-        figure = Figure(figsize=size, layout="constrained")
+    with figure_file(path, (3.6 * (len(batches) + 1), 3.6)) as figure:
         panels = figure.subplots(1, len(batches) + 1, squeeze=False).flatten()
         for axes, batch in zip(panels, batches, strict=False):
             own = [row for row in rows if row["batch"] == batch]
@@ -78,10 +67,6 @@ def draw_attention(document: dict[str, Any], path: Path) -> None:
         hardware = document["hardware"]
         where = hardware["gpu"] if document["device"] == "cuda" else hardware["cpu"]
         figure.suptitle(f"Attention of one decode step, {where}", x=0.01, ha="left")
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(partial, dpi=110, metadata=metadata)
-        partial.replace(path)
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
 from flashhead.report.documents import read_json
+from flashhead.report.drawing import figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,21 +91,8 @@ def draw_frontier(document: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed; the message names the command.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed: pip install 'flashhead[plots]'", name="matplotlib"
-        ) from error
-    # the same document gives the same bytes
-    with mpl.rc_context({"svg.hashsalt": "flashhead", "font.size": 9, "axes.axisbelow": True}):
-        figure = Figure(figsize=(13, 5.6), layout="constrained")
+    with figure_file(path, (13, 5.6)) as figure:
         _fill(figure, document)
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(partial, dpi=110, metadata=metadata)
-        partial.replace(path)
 
 
 def _fill(figure: "Figure", document: dict[str, Any]) -> None:

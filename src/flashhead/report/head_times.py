@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashhead.errors import FlashHeadError
 from flashhead.report.documents import read_json
+from flashhead.report.drawing import figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,25 +66,10 @@ def draw_head_times(documents: Sequence[dict[str, Any]], path: Path) -> None:
         FlashHeadError: `path` is named as neither.
         ImportError: matplotlib is not installed; the message names the command.
     """
-    if path.suffix not in (".svg", ".png"):
-        raise FlashHeadError(f"{path}: wanted a name that ends in .svg or .png")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed: pip install 'flashhead[plots]'", name="matplotlib"
-        ) from error
     wide = min(WIDE, len(documents))
     deep = -(-len(documents) // wide)
-    # the same documents give the same bytes
-    with mpl.rc_context({"svg.hashsalt": "flashhead", "font.size": 9, "axes.axisbelow": True}):
-        figure = Figure(figsize=(4.2 * wide + 2.8, 3.9 * deep + 0.4), layout="constrained")
+    with figure_file(path, (4.2 * wide + 2.8, 3.9 * deep + 0.4)) as figure:
         _fill(figure, documents, deep, wide)
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(partial, dpi=110, metadata=metadata)
-        partial.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
