@@ -12,6 +12,7 @@ _OWN = {
     "rotary": "--rotary",
     "ranks": "--ranks",
     "calibration_tokens": "--calibration-tokens",
+    "device": "--device",
 }
 """Argument: its flag."""
 
@@ -50,6 +51,11 @@ def add_latent(parser: Parser) -> None:
         help="budget: layers compete for the numbers; uniform: all alike (default: budget)",
     )
     group.add_argument("--calibration-tokens", type=integer(256), metavar="N", help="default: 8192")
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where the model samples text and its statistics are taken (default: cpu)",
+    )
 
 
 def latent_options(args: argparse.Namespace) -> Any:
