@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def kind_of(options):
 def logits(model, cache, tokens, mask=None, prefill=11):
     """Of a prompt, and of each token after it."""
     parts, edges = [], [0, *range(min(prefill, tokens.shape[1]), tokens.shape[1] + 1)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         more = {} if mask is None else {"attention_mask": mask[:, :b]}
         parts.append(model(tokens[:, a:b], past_key_values=cache, **more).logits[:, -1])
     return torch.stack(parts)

@@ -206,6 +206,7 @@ class StaticLatentCache(Cache):
                     f"StaticLatentCache: {got.format(*wanted)}, it holds {got.format(*held[0])}"
                 )
             self._forget_rooms()
+        self._make_padding(*wanted)
         if tokens == 1 and seen and self._takes_steps():
             return True
         self._note(mask, batch, seen + tokens)
@@ -276,13 +277,14 @@ class StaticLatentCache(Cache):
             _log.warning("static latent cache: decodes eagerly, without graphs: %s", reason)
         return not reason
 
-    def _note(self, mask: Any, batch: int, total: int) -> None:
-        """Remember how much of each row is padding."""
-        device = self.modules[0].key_up.device
+    def _make_padding(self, batch: int, device: torch.device) -> None:
         if len(self._padding) != batch or self._padding.device != device:
             with torch.inference_mode(False):
                 self._padding = torch.zeros(batch, dtype=torch.int32, device=device)
             self.graphs.clear()
+
+    def _note(self, mask: Any, batch: int, total: int) -> None:
+        """Remember how much of each row is padding."""
         if mask is None:
             return
         if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, total):

@@ -157,9 +157,7 @@ def absorbed_query(module: "LatentAttention", query: Tensor) -> Tensor:
     return torch.cat(parts, -1).flatten(1, 2)
 
 
-def constant_scores(
-    module: "LatentAttention", query: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
+def constant_scores(module: "LatentAttention", query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What the constant key adds to scores: float32 `[batch, heads, cached]`.
 
     Args:

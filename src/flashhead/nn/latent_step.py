@@ -45,10 +45,12 @@ class LatentStep:
     ) -> None:
         self.place, self.padding, self.rooms, self._angles = place, padding, rooms, angles
         self.length = (place + 1).int()
-        self._starts: dict[int | None, Tensor] = {None: padding}
+        self._starts: dict[int, Tensor] = {}
 
     def starts(self, window: int | None) -> Tensor:
         """First token that each row sees: int32[batch]."""
+        if window is None:
+            return self.padding
         if window not in self._starts:
             self._starts[window] = torch.maximum(self.padding, self.length - window)
         return self._starts[window]
