@@ -141,7 +141,7 @@ def _references(
     context: int,
     token: Tensor,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a line must give, by the line: greedy tokens and logits of a row in a cache that grows."""
+    """Greedy tokens and logits of a row in a growing cache, by the line that must give them."""
     found = {}
     for options in kinds:
         cache = LatentCache(model, options)
