@@ -8,6 +8,7 @@ from latent_models import ids, tiny, windows
 
 from flashhead.bench import context, context_lines
 from flashhead.bench.attention_shapes import parse_shape
+from flashhead.bench.context_table import format_context_table
 from flashhead.bench.random_latent import random_models
 from flashhead.cli.main import main
 from flashhead.convert.latent import make_latent
@@ -76,7 +77,7 @@ def test_the_document(pair):
         room = -(-(point["context"] + 5) // 64) * 64
         held = point["lines"]["latent bf16 static"]["cache_bytes"]
         assert held == 4 * latents * room * point["batch"]
-    assert "latent int8 static" in context.format_context_table(document)
+    assert "latent int8 static" in format_context_table(document)
     with pytest.raises(FlashHeadError, match="wanted more than 21"):
         context.bench_context(model, {}, ids(1, 21)[0], contexts=(21,), batches=(1,))
     with pytest.raises(FlashHeadError, match="latent attention"):

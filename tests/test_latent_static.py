@@ -219,6 +219,19 @@ def test_going_back_and_other_rows(plain):
     torch.testing.assert_close(again[0], wanted[-1][[0, 0]], rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_what_a_graph_does_not_give(plain):
+    """Hidden states that were asked for and are not there; embeddings that are not read."""
+    tokens, cache = ids(1, 14), StaticLatentCache(plain, 14)
+    logits(plain, cache, tokens[:, :13])
+    given = {"past_key_values": cache, "output_hidden_states": True}
+    out = plain(inputs_embeds=plain.get_input_embeddings()(tokens[:, 13:]), **given)
+    wanted = plain(tokens, use_cache=False, output_hidden_states=True)
+    assert len(out.hidden_states) == len(wanted.hidden_states)
+    for found, one in zip(out.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(found, one[:, 13:], rtol=1e-3, atol=1e-3)
+
+
 def test_mixed_latents():
     """Codes of three widths unpacked from the wrong rooms."""
     made = tiny("gqa")

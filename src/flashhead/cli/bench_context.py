@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time and print the table."""
     import torch
 
-    from flashhead.bench.context import bench_context, format_context_table
+    from flashhead.bench.context import bench_context
+    from flashhead.bench.context_table import format_context_table
     from flashhead.integrations.latent_model import store_of
 
     device = args.device or "cpu"

@@ -18,6 +18,8 @@ from flashhead.integrations.latent_static import StaticLatentCache
 
 _PLAIN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"}
 """What a graph takes care of; anything else that is asked for runs the step without one."""
+_HARMLESS = {"use_cache", "return_dict", "cache_position"}
+"""What a step has in any case, or what nothing of it reads."""
 
 
 def serve_steps(model: PreTrainedModel) -> None:
@@ -52,7 +54,8 @@ def _step(decoder: Any, cache: StaticLatentCache, name: str, kwargs: dict[str, A
     given = kwargs[name].to(place.device)
     positions = (place[None] if positions is None else positions).to(place.device)
     more = {key: value for key, value in kwargs.items() if key not in _PLAIN}
-    if any(value not in (None, False) for key, value in more.items() if key not in _HARMLESS):
+    asked = [value for key, value in more.items() if key not in _HARMLESS]
+    if any(value is not None and value is not False for value in asked):
         return _run(decoder, cache, {**more, name: given, "position_ids": positions})
 
     def hidden_of(given: Tensor, positions: Tensor) -> tuple[Tensor]:
@@ -64,9 +67,6 @@ def _step(decoder: Any, cache: StaticLatentCache, name: str, kwargs: dict[str, A
     kind = (name, tuple(given.shape), tuple(positions.shape), weights)
     (hidden,) = cache.graphs(kind, hidden_of, (given, positions))
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
-
-
-_HARMLESS = {"use_cache", "return_dict"}
 
 
 def _run(decoder: Any, cache: StaticLatentCache, settings: dict[str, Any]) -> Any:
