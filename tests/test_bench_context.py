@@ -112,11 +112,15 @@ def test_random_models_share_all_but_attention(shape):
 def test_from_the_command_line(capsys, tmp_path):
     out = tmp_path / "context.json"
     arguments = ["--context", "16", "--steps", "1", "--repeats", "1", "--layers", "1"]
+    arguments += ["--lines", "gqa,latent bf16 static"]
     assert main(["bench", "decode", "--shape", SHAPE, *arguments, "--out", str(out)]) == 0
     assert "context 16, batch 1, float32 on cpu" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert document["shape"] == SHAPE
-    assert document["points"][0]["lines"]["gqa"]["step_ms"] > 0
+    point = document["points"][0]
+    assert list(point["lines"]) == ["gqa", "latent bf16 static"]
+    assert point["baseline"] == "gqa"
+    assert point["lines"]["gqa"]["step_ms"] > 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,10 @@ def test_from_the_command_line(capsys, tmp_path):
         (["--context", "8", "--shape", SHAPE, "--against", "x"], "wanted --model with it"),
         (["--context", "8", "--model", "x", "--layers", "2"], "wanted --shape with it"),
         (["--context", "8", "--shape", "x"], "shape 'x'"),
+        (
+            ["--context", "8", "--shape", SHAPE, "--layers", "1", "--lines", "x"],
+            "line 'x': wanted some of full, ",
+        ),
     ],
 )
 def test_arguments_that_do_not_belong_together(arguments, said, capsys):

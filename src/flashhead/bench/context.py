@@ -46,6 +46,7 @@ def bench_context(
     kinds: Sequence[StoreOptions] = (),
     steps: int = 16,
     rounds: int = 10,
+    only: Sequence[str] = (),
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Time decode steps.
@@ -59,14 +60,15 @@ def bench_context(
         kinds: how latents are kept; (): as the model's folder says.
         steps: timed at once.
         rounds: measured rounds.
+        only: names of the lines, which are all held in memory at once; (): all there are.
         save: called with the document after every point.
 
     Returns:
         JSON-able: `points`, each with `lines` (`step_ms` and its spread, `tok_per_sec`, `ratio` to
-        the first base, or to the first latent line without one, `cache_bytes`) and `skipped`.
+        the first line, `cache_bytes`) and `skipped`.
 
     Raises:
-        FlashHeadError: a model without latents, or too short a text.
+        FlashHeadError: a model without latents, too short a text, or an unknown line.
         RuntimeError: a line's logits are not those of the line that it must equal.
     """
     started = time.perf_counter()
@@ -96,6 +98,7 @@ def bench_context(
                 lines |= full_lines(name, base, _cut(texts[name], context), batch, room)
             latents = _cut(own, context)
             lines |= latent_lines(model, options, latents, batch, room)
+            lines = _chosen(lines, only)
             exact = _references(model, bases, texts, latents, options, context, ids[context])
             point = _point(lines, exact, ids[context], batch, steps, rounds, model.dtype)
             document["points"].append({"context": context, "batch": batch} | point)
@@ -103,6 +106,15 @@ def bench_context(
             if save is not None:
                 save(document)
     return document
+
+
+def _chosen(
+    lines: dict[str, Callable[[], Line]], only: Sequence[str]
+) -> dict[str, Callable[[], Line]]:
+    for name in only:
+        if name not in lines:
+            raise FlashHeadError(f"line {name!r}: wanted some of {', '.join(lines)}")
+    return {name: lines[name] for name in only or lines}
 
 
 def _cut(contents: Contents, context: int) -> Contents:

@@ -83,12 +83,14 @@ def _share(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def _latent_shape(shape: AttentionShape) -> LatentShape:
-    """Of `rope` rotary numbers, each pair is kept once; as many coordinates of a key turn."""
+    """Of `rope` rotary numbers each pair is kept once, and as many coordinates of a key turn; with
+    0 all turn, and keys of the few KV heads are rebuilt.
+    """
     turning = shape.rope or shape.head_dim
     return LatentShape(
         hidden_size=shape.heads * shape.head_dim,
         heads=shape.heads,
-        kv_heads=shape.heads,
+        kv_heads=shape.heads if shape.rope else shape.kv_heads,
         head_dim=shape.head_dim,
         value_dim=shape.head_dim,
         rank=shape.rank,

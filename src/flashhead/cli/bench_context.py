@@ -17,7 +17,9 @@ from flashhead.errors import FlashHeadError
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 KINDS = (*FORMATS, "mixed")
-ONLY_HERE = ("shape", "batch", "kv_dtype", "data", "device", "dtype", "layers", "steps", "out")
+ONLY_HERE = (
+    *("shape", "batch", "kv_dtype", "data", "device", "dtype", "layers", "steps", "lines", "out"),
+)
 """Arguments that need `--context`."""
 NOT_HERE = ("head", "set", "prompts", "compile")
 """Arguments that `--context` takes no notice of, and so refuses."""
@@ -55,6 +57,12 @@ def add_arguments(parser: Parser) -> None:
         help="of the weights (default: float32; on cuda bfloat16)",
     )
     group.add_argument("--steps", type=integer(1), metavar="N", help="timed at once (default: 16)")
+    group.add_argument(
+        "--lines",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B",
+        help="of the table, the first is the baseline (default: all; they share the memory)",
+    )
     group.add_argument("--out", type=new_file, metavar="FILE", help="keep the document there too")
 
 
@@ -117,6 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         kinds=tuple(store_of(kind) for kind in args.kv_dtype or ()),
         steps=args.steps or 16,
         rounds=args.repeats,
+        only=args.lines or (),
         save=None if args.out is None else functools.partial(_save, args.out, about),
     )
     document |= about
