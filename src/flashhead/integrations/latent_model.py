@@ -16,7 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
+from flashhead.integrations.latent_graph import serve_steps
 from flashhead.integrations.latent_roles import find_attention
+from flashhead.integrations.latent_static import StaticLatentCache
 from flashhead.nn.latent import LatentAttention
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.token_store import StoreOptions
@@ -192,13 +194,20 @@ def _give_angles(model: PreTrainedModel) -> None:
 
 
 def serve_latents(model: PreTrainedModel, options: StoreOptions) -> None:
-    """`generate()` and calls without a cache of their own use a `LatentCache` from now on."""
+    """`generate()` and calls without a cache of their own use a `LatentCache` from now on, and
+    `generate(cache_implementation="static")` a `StaticLatentCache`.
+    """
     model.latent_store = options
+    serve_steps(model)
     prepare = model._prepare_cache_for_generation
 
     def prepared(generation: Any, kwargs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        plain = generation.use_cache is not False and generation.cache_implementation is None
-        if plain and kwargs.get("past_key_values") is None:
+        wanted = generation.use_cache is not False and kwargs.get("past_key_values") is None
+        if wanted and generation.cache_implementation == "static":
+            most = more["max_cache_length"] if "max_cache_length" in more else args[-1]
+            kwargs["past_key_values"] = _static_cache(model, generation, most)
+            return None
+        if wanted and generation.cache_implementation is None:
             kwargs["past_key_values"] = LatentCache(model)
             if generation.is_assistant:
                 kwargs["past_key_values"].activate_past_recording()
@@ -214,3 +223,15 @@ def serve_latents(model: PreTrainedModel, options: StoreOptions) -> None:
 
     model._prepare_cache_for_generation = prepared
     model.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def _static_cache(model: PreTrainedModel, generation: Any, most: int) -> StaticLatentCache:
+    """A cache with room for so many tokens: the last one again where it has, as with transformers'
+    own, so that its graphs are captured once.
+    """
+    most = max(most, getattr(generation, "max_cache_len", None) or 0)
+    held = getattr(model, "latent_static", None)
+    if held is None or held.tokens < most or held.options != model.latent_store:
+        model.latent_static = held = StaticLatentCache(model, most)
+    held.reset()
+    return held
