@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn import latent_kernel
+from flashhead.nn.latent_pairs import Pairs
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 from flashhead.nn.token_store import StoreOptions, round_through
@@ -89,9 +90,8 @@ class LatentAttention(nn.Module):
         self.value_up = nn.Parameter(torch.randn(shape.kv_heads * shape.value_dim, shape.rank) * up)
         self.value_constant = nn.Parameter(torch.zeros(shape.kv_heads * shape.value_dim))
         self.key_constant = nn.Parameter(torch.zeros(width)) if shape.key_constant else None
-        pairs = [f for f, count in enumerate(shape.components) for _ in range(count)]
-        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if pairs else None
-        self._pairs = pairs
+        self._pairs = pairs = Pairs(shape.components)
+        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if len(pairs) else None
         self.is_causal, self.scaling, self.sliding_window = True, shape.scale, shape.window
 
     @property
@@ -157,15 +157,17 @@ class LatentAttention(nn.Module):
             mixed = self._attend_absorbed(query, latent, rotary, mask, total - held)
         else:
             keys, values = self.materialise(latent, rotary, total - held)
+            # fused kernels want keys and values of one width: zeros change nothing
+            wider = max(0, self.shape.head_dim - self.shape.value_dim)
             mixed = functional.scaled_dot_product_attention(
                 query,
                 keys,
-                values,
+                functional.pad(values, (0, wider)) if wider else values,
                 attn_mask=mask,
                 is_causal=mask is None and tokens > 1,
                 scale=self.shape.scale,
                 enable_gqa=self.shape.heads != self.shape.kv_heads,
-            )
+            )[..., : self.shape.value_dim]
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
 
     def _decode(
@@ -196,7 +198,8 @@ class LatentAttention(nn.Module):
             latent = self.latent_norm(latent)
         if self.mix is not None:
             cos, sin = self.table.at(start, start + latent.shape[1], latent)
-            rotary = rotate(rotary, cos[:, self._pairs], sin[:, self._pairs])
+            index = self._pairs.index(latent.device)
+            rotary = rotate(rotary, cos[:, index], sin[:, index])
         return latent, rotary
 
     def _query(self, hidden_states: Tensor, start: int) -> Tensor:
@@ -226,7 +229,8 @@ class LatentAttention(nn.Module):
             keys = self._per_head(functional.linear(latent, self.key_up, self.key_constant))
             return rotate(keys, *self.table.at(start, start + latent.shape[1], keys))
         fixed = self._per_head(functional.linear(latent, self.key_up))
-        turning = rotary.unsqueeze(1) @ self.mixes()
+        # one product for all heads: a product a head would copy the rotary key for each
+        turning = self._per_head(rotary @ self.mixes().transpose(0, 1).flatten(1))
         keys = torch.cat((turning, fixed), -1)
         return keys if self.key_constant is None else keys + self._constants(keys, start)
 
@@ -242,8 +246,7 @@ class LatentAttention(nn.Module):
         heads, pairs = self.shape.kv_heads, self.shape.rotary_dim // 2
         if self.mix is None:
             return self.key_up.new_zeros(heads, 0, 2 * pairs)
-        place = torch.zeros(len(self._pairs), pairs, dtype=self.mix.dtype, device=self.mix.device)
-        place[range(len(self._pairs)), self._pairs] = 1
+        place = self._pairs.place(self.mix)
         real, imaginary = (self.mix[..., i, None] * place for i in range(2))
         return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), 1)
 
