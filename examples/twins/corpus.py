@@ -1,6 +1,6 @@
 """A training text from what is installed: sources and documentation, deduplicated, tokenised.
 
-Files are shuffled by a seed and taken up to a number of bytes; every 200th is held out, whole.
+Files are shuffled by a seed and taken up to a number of characters; every 200th is held out, whole.
 Synthetic documents (`tasks`) are strewn in. All is kept in OUT: the tokenizer, the two streams of
 tokens, and the same text as .jsonl for `flashhead convert`, `heal` and `eval`.
 """
@@ -30,7 +30,8 @@ SUFFIXES = (".py", ".md", ".rst", ".txt")
 MOST_FILE_BYTES = 1 << 20
 """Longer files are tables, not text."""
 HELD_OUT_EVERY = 200
-"""Of so many files one is held out."""
+"""Of so many files one is held out; of few files a tenth."""
+LEAST_FILES = 20
 TOKENIZER_BYTES = 40_000_000
 """Text that the tokenizer is trained on."""
 END = "<|end|>"
@@ -45,7 +46,7 @@ class CorpusOptions:
 
     Args:
         folders: searched for text; (): the running interpreter's library and packages.
-        most_bytes: of files.
+        most_bytes: of files, counted in characters.
         vocab_size: of the tokenizer that is trained.
         tokenizer: folder of one that is taken instead; "": none.
         task_share: of the tokens, of each epoch, that are synthetic tasks.
@@ -117,8 +118,9 @@ def make_corpus(out: Path, options: CorpusOptions, settings: dict[str, Any]) -> 
     """Find, tokenise, keep; corpus.json comes last."""
     out.mkdir(parents=True, exist_ok=True)
     texts = gather(options)
-    held = texts[::HELD_OUT_EVERY]
-    texts = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY]
+    every = min(HELD_OUT_EVERY, len(texts) // 10)
+    held = texts[::every]
+    texts = [text for i, text in enumerate(texts) if i % every]
     tokenizer = _tokenizer(options, texts)
     tokenizer.save_pretrained(out / "tokenizer")
     own = list(encode(tokenizer, texts))
@@ -206,9 +208,9 @@ def gather(options: CorpusOptions) -> list[str]:
         total += len(text)
         if total >= options.most_bytes:
             break
-    if len(texts) < 2 * HELD_OUT_EVERY:
+    if len(texts) < LEAST_FILES:
         raise FlashHeadError(
-            f"--corpus: {len(texts)} different text files, wanted {2 * HELD_OUT_EVERY} or more"
+            f"--corpus: {len(texts)} different text files, wanted {LEAST_FILES} or more"
         )
     return texts
 
