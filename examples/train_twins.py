@@ -64,7 +64,9 @@ def _add_train(subparsers: Any) -> None:
     share = real("from 0 to 1", lambda value: 0 < value < 1)
     own.add_argument("out", type=Path, metavar="OUT", help="folder, made if it is not there")
     own.add_argument("--tokens", type=integer(16), default=100_000_000, help="of each twin")
-    own.add_argument("--corpus", default="", help="folders with commas (default: what is installed)")
+    own.add_argument(
+        "--corpus", default="", help="folders with commas (default: what is installed)"
+    )
     own.add_argument("--corpus-bytes", type=integer(1), default=300_000_000)
     own.add_argument("--vocab-size", type=integer(300), default=8192)
     own.add_argument("--tokenizer", default="", help="folder of a tokenizer to take instead")

@@ -6,11 +6,9 @@ tokens, and the same text as .jsonl for `flashhead convert`, `heal` and `eval`.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import random
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flashhead.errors import FlashHeadError
 from twins import tasks
+from twins.files import gather
 
-SUFFIXES = (".py", ".md", ".rst", ".txt")
-MOST_FILE_BYTES = 1 << 20
-"""Longer files are tables, not text."""
 HELD_OUT_EVERY = 200
 """Of so many files one is held out; of few files a tenth."""
-LEAST_FILES = 20
 TOKENIZER_BYTES = 40_000_000
 """Text that the tokenizer is trained on."""
 END = "<|end|>"
@@ -117,7 +112,8 @@ def read_corpus(out: Path) -> Corpus:
 def make_corpus(out: Path, options: CorpusOptions, settings: dict[str, Any]) -> None:
     """Find, tokenise, keep; corpus.json comes last."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = gather(options)
+    found = gather(options.folders, options.most_bytes, options.seed)
+    texts = [text.replace(END, "") for text in found]
     every = min(HELD_OUT_EVERY, len(texts) // 10)
     held = texts[::every]
     texts = [text for i, text in enumerate(texts) if i % every]
@@ -182,51 +178,6 @@ def _write_text(path: Path, documents: list[tuple[str, np.ndarray]], tokens: int
             got += len(part)
             if got >= tokens:
                 break
-
-
-def gather(options: CorpusOptions) -> list[str]:
-    """Texts of the folders, no two alike, in an order set by the seed.
-
-    Raises:
-        FlashHeadError: a folder that is not there, or too little text.
-    """
-    named = [Path(folder) for folder in options.folders]
-    for folder in named:
-        if not folder.is_dir():
-            raise FlashHeadError(f"--corpus {folder}: no such folder")
-    folders = named or sorted({Path(sysconfig.get_path(n)) for n in ("stdlib", "purelib")})
-    paths = sorted({path for folder in folders for path in _text_files(folder)})
-    random.Random(options.seed).shuffle(paths)
-    seen, texts, total = set(), [], 0
-    for path in paths:
-        text = _read(path)
-        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if not text.strip() or key in seen:
-            continue
-        seen.add(key)
-        texts.append(text)
-        total += len(text)
-        if total >= options.most_bytes:
-            break
-    if len(texts) < LEAST_FILES:
-        raise FlashHeadError(
-            f"--corpus: {len(texts)} different text files, wanted {LEAST_FILES} or more"
-        )
-    return texts
-
-
-def _text_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.suffix in SUFFIXES and path.is_file() and path.stat().st_size <= MOST_FILE_BYTES:
-            yield path
-
-
-def _read(path: Path) -> str:
-    """A file's text; "" if it is no UTF-8 or may not be read."""
-    try:
-        return path.read_text(encoding="utf-8").replace(END, "")
-    except (UnicodeDecodeError, OSError):
-        return ""
 
 
 def _tokenizer(options: CorpusOptions, texts: list[str]) -> PreTrainedTokenizerFast:

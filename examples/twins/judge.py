@@ -18,8 +18,9 @@ from flashhead.integrations.latent_model import latent_modules
 from flashhead.integrations.transformers import load_dense
 from twins import tasks
 from twins.corpus import Corpus
+from twins.rows import Rows
+from twins.steps import held_out_loss
 from twins.tasks import Question
-from twins.train import Rows, held_out_loss
 
 BATCH = 250
 """Questions answered side by side."""

@@ -3,7 +3,9 @@
 MHA caches 2 * heads * head_dim numbers a token and layer. The twin caches an eighth: a latent of
 rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
-    r + rope = 2 * heads * head_dim / 8,    query and key of a head: head_dim + rope, value: head_dim
+    r + rope = 2 * heads * head_dim / 8
+
+A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
 Widths, depth, MLP, initial spread of weights and everything that is trained on are the same.
 """

@@ -15,8 +15,9 @@ from flashhead.errors import FlashHeadError
 from twins.corpus import Corpus, CorpusOptions, load_corpus, read_corpus
 from twins.judge import judge
 from twins.models import TWINS, TwinSizes, cache_numbers, make_twin, parameter_counts, save_twin
+from twins.rows import Rows
 from twins.times import decode_times, train_times
-from twins.train import Rows, Training, TrainOptions
+from twins.train import Training, TrainOptions
 
 RESULT = "train.json"
 

@@ -42,8 +42,6 @@ def sum_line(pair: tuple[int, int]) -> tuple[str, str]:
     return f"{pair[0]}+{pair[1]}=", str(sum(pair))
 
 
-
-
 class Documents:
     """An iterator of training documents.
 

@@ -19,7 +19,7 @@ from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import serve_latents
 from flashhead.nn.token_store import StoreOptions
 from twins.models import TWINS, TwinSizes, cache_numbers, make_twin
-from twins.train import compile_layers, make_optimizer, next_token_loss, train_step
+from twins.steps import compile_layers, make_optimizer, next_token_loss, train_step
 
 WARM_STEPS = 3
 CACHES = {"dynamic": "mha", "static": "mha", "latent": "latent"}

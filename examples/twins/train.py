@@ -1,22 +1,17 @@
 """Training of one twin: next tokens, AdamW, a cosine schedule, the same rows in the same order.
 
-Masters and moments are float32; on a GPU products are bfloat16 by autocast. With `compiled`, decoder
-layers and the loss go through torch.compile, layer by layer, so a model costs one layer's
-compilation. A run that is interrupted, by Ctrl-C or by its time limit, leaves `OUT/.KIND`, and the
-same command goes on from there with the same rows.
+A run that is interrupted, by Ctrl-C or by its time limit, leaves `OUT/.KIND`, and the same command
+goes on from there with the same rows.
 """
 
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -24,13 +19,21 @@ from flashhead.convert import heal_state
 from flashhead.convert.heal import schedule
 from flashhead.convert.heal_state import Progress
 from flashhead.errors import FlashHeadError
+from twins.rows import Rows
+from twins.steps import (
+    Loss,
+    compile_layers,
+    held_out_loss,
+    make_optimizer,
+    next_token_loss,
+    train_step,
+    uncompile,
+)
 
 CHECKPOINT_SECONDS = 300.0
 LOG_STEPS = 10
 EVALUATIONS = 40
 """Points of the held-out curve."""
-WEIGHT_DECAY = 0.1
-Loss = Callable[[Tensor, nn.Module, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,116 +83,6 @@ class TrainOptions:
     def steps(self) -> int:
         """Steps in all."""
         return self.tokens // (self.batch_rows * self.context)
-
-
-class Rows:
-    """A stream of tokens in rows of `context` and one more, in an order of its own each epoch.
-
-    Args:
-        stream: int32[tokens].
-        context: of a row.
-        seed: of the order.
-
-    Raises:
-        FlashHeadError: less than one row.
-    """
-
-    def __init__(self, stream: Tensor, context: int, seed: int = 0) -> None:
-        self.stream, self.context, self.seed = stream, context, seed
-        self.count = (len(stream) - 1) // context
-        if self.count < 1:
-            raise FlashHeadError(f"text of {len(stream)} tokens: wanted more than {context}")
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def at(self, index: Tensor) -> Tensor:
-        """Rows `int64[n, context + 1]` of these numbers, on the stream's device."""
-        places = index.to(self.stream.device)[:, None] * self.context
-        return self.stream[places + torch.arange(self.context + 1, device=places.device)].long()
-
-    def batch(self, step: int, rows: int) -> Tensor:
-        """Rows of a step; epochs follow each other without a gap."""
-        wanted = [divmod(i, self.count) for i in range(step * rows, (step + 1) * rows)]
-        return self.at(torch.tensor([int(self._of(epoch)[place]) for epoch, place in wanted]))
-
-    def _of(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
-        return self._order
-
-
-def next_token_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Mean cross entropy, nats: `head(hidden)` in float32 against `int64[batch, tokens]`."""
-    return functional.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten())
-
-
-def compile_layers(model: PreTrainedModel) -> Loss:
-    """Compile each decoder layer in place; the loss, compiled too."""
-    for layer in model.base_model.layers:
-        layer.compile(dynamic=False)
-    return torch.compile(next_token_loss, dynamic=False)
-
-
-def uncompile(model: PreTrainedModel) -> None:
-    """Take back what `compile_layers` did."""
-    for layer in model.base_model.layers:
-        layer._compiled_call_impl = None
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors and rotary mixes do not."""
-    named = dict(model.named_parameters())
-    decayed = [p for n, p in named.items() if p.dim() == 2]
-    rest = [p for n, p in named.items() if p.dim() != 2]
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-
-
-def train_step(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    rows: Tensor,
-    micro_rows: int,
-    loss_of: Loss,
-) -> Tensor:
-    """One step on `int64[rows, context + 1]`; the loss, nats, still on its device."""
-    total = torch.zeros((), device=rows.device)
-    for part in rows.split(micro_rows):
-        with autocast(rows.device):
-            hidden = model.base_model(part[:, :-1], use_cache=False).last_hidden_state
-            loss = loss_of(hidden, model.lm_head, part[:, 1:]) * (len(part) / len(rows))
-        loss.backward()
-        total += loss.detach()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-@torch.no_grad()
-def held_out_loss(model: PreTrainedModel, rows: Rows, tokens: int, micro_rows: int) -> float:
-    """Mean loss, nats a token, on the first rows; never compiled."""
-    was_training = model.training
-    model.eval()
-    count = max(1, min(rows.count, tokens // rows.context))
-    total = 0.0
-    with torch.compiler.set_stance("force_eager"):
-        for index in torch.arange(count).split(micro_rows):
-            part = rows.at(index).to(model.device)
-            with autocast(part.device):
-                hidden = model.base_model(part[:, :-1], use_cache=False).last_hidden_state
-                loss = next_token_loss(hidden, model.lm_head, part[:, 1:])
-            total += float(loss) * len(index) / count
-    model.train(was_training)
-    return total
 
 
 class Training:
