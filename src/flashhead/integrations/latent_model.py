@@ -145,7 +145,10 @@ def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) ->
             )
         for name, shape in shapes.items():
             roles = found[name]
-            free = ("rank", "rotary", "components", "norm", "key_constant", "bits")
+            free = {"rank", "rotary", "components", "norm", "key_constant", "bits"}
+            if shape.rotary == "decoupled" and roles.query_norm is None:
+                # the config's head_dim says what turns, as in DeepSeek-V3; weights say the rest
+                free |= {"head_dim", "value_dim", "scale"}
             for field in LatentShape.__dataclass_fields__:
                 want, got = getattr(roles.exact, field), getattr(shape, field)
                 if field not in free and got != want:

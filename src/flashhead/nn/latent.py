@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn import latent_kernel, latent_step
+from flashhead.nn.latent_pairs import Pairs
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 from flashhead.nn.token_store import StoreOptions, round_through
@@ -91,10 +92,8 @@ class LatentAttention(nn.Module):
         self.value_up = nn.Parameter(torch.randn(shape.kv_heads * shape.value_dim, shape.rank) * up)
         self.value_constant = nn.Parameter(torch.zeros(shape.kv_heads * shape.value_dim))
         self.key_constant = nn.Parameter(torch.zeros(width)) if shape.key_constant else None
-        pairs = [f for f, count in enumerate(shape.components) for _ in range(count)]
-        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if pairs else None
-        self._pairs = pairs
-        self._index: Tensor | None = None
+        self._pairs = pairs = Pairs(shape.components)
+        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if len(pairs) else None
         self.is_causal, self.scaling, self.sliding_window = True, shape.scale, shape.window
 
     @property
@@ -198,7 +197,7 @@ class LatentAttention(nn.Module):
         if self.latent_norm is not None:
             latent = self.latent_norm(latent)
         if self.mix is not None:
-            pairs = self._pair_index(latent.device)
+            pairs = self._pairs.index(latent.device)
             cos, sin = (x.to(latent.dtype).index_select(1, pairs) for x in (cos, sin))
             rotary = rotate(rotary, cos, sin)
         return latent, rotary
@@ -209,13 +208,6 @@ class LatentAttention(nn.Module):
         if self.q_norm is not None:
             query = self.q_norm(query)
         return rotate(query.transpose(1, 2), cos.to(query.dtype), sin.to(query.dtype))
-
-    def _pair_index(self, device: torch.device) -> Tensor:
-        """Rotary pair of each kept component, int64, on the device: it is copied there once."""
-        if self._index is None or self._index.device != device:
-            with torch.inference_mode(False):
-                self._index = torch.tensor(self._pairs, dtype=torch.int64, device=device)
-        return self._index
 
     def materialise(self, latent: Tensor, rotary: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all KV heads.
@@ -236,7 +228,8 @@ class LatentAttention(nn.Module):
             keys = self._per_head(functional.linear(latent, self.key_up, self.key_constant))
             return rotate(keys, *self.table.at(start, start + latent.shape[1], keys))
         fixed = self._per_head(functional.linear(latent, self.key_up))
-        turning = rotary.unsqueeze(1) @ self.mixes()
+        # one product for all heads: a product a head would copy the rotary key for each
+        turning = self._per_head(rotary @ self.mixes().transpose(0, 1).flatten(1))
         keys = torch.cat((turning, fixed), -1)
         return keys if self.key_constant is None else keys + self._constants(keys, start)
 
@@ -252,8 +245,7 @@ class LatentAttention(nn.Module):
         heads, pairs = self.shape.kv_heads, self.shape.rotary_dim // 2
         if self.mix is None:
             return self.key_up.new_zeros(heads, 0, 2 * pairs)
-        index = self._pair_index(self.mix.device)
-        place = (index[:, None] == torch.arange(pairs, device=index.device)).to(self.mix.dtype)
+        place = self._pairs.place(self.mix)
         real, imaginary = (self.mix[..., i, None] * place for i in range(2))
         return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), 1)
 
@@ -269,10 +261,14 @@ class LatentAttention(nn.Module):
         repeated = share > 1 and mask is not None and query.is_cuda
         row_bytes = latent.shape[1] * shape.kv_width * latent.element_size()
         rows = max(1, MATERIALISED_BYTES // (row_bytes * (share if repeated else 1)))
+        # fused kernels want keys and values of one width: zeros change nothing
+        wider = max(0, shape.head_dim - shape.value_dim)
         parts = []
         for i in range(0, len(latent), rows):
             own = slice(i, i + rows)
             keys, values = self.materialise(latent[own], rotary[own], start)
+            if wider:
+                values = functional.pad(values, (0, wider))
             if repeated:
                 keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
             found = functional.scaled_dot_product_attention(
@@ -284,7 +280,7 @@ class LatentAttention(nn.Module):
                 scale=shape.scale,
                 enable_gqa=share > 1 and not repeated,
             )
-            parts.append(found)
+            parts.append(found[..., : shape.value_dim])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_absorbed(
