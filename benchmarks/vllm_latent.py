@@ -1,6 +1,6 @@
 """One latent folder, the same greedy text through transformers and through vLLM?
 
-    python benchmarks/vllm_latent.py FOLDER --text wiki.txt --context 8192 --tokens 64 --json out.json
+    python benchmarks/vllm_latent.py FOLDER --text wiki.txt --context 8192 --json out.json
 
 Run with the interpreter of vLLM's environment. Prompts are the first `context - tokens` tokens of
 the text from several places; vLLM keeps latents in its paged blocks, prefills in pieces and decodes

@@ -56,14 +56,17 @@ def test_as_each_text_alone(modules):
             counts = [step[text] for text in order]
             lengths = torch.tensor([done[t] + step[t] for t in order], dtype=torch.int32)
             places = [torch.arange(done[t], done[t] + step[t]) for t in order]
-            slots = [pages[t, p // BLOCK].long() * BLOCK + p % BLOCK for t, p in zip(order, places)]
-            hidden = torch.cat([texts[t][p] for t, p in zip(order, places)])
+            slots = [
+                pages[t, p // BLOCK].long() * BLOCK + p % BLOCK
+                for t, p in zip(order, places, strict=True)
+            ]
+            hidden = torch.cat([texts[t][p] for t, p in zip(order, places, strict=True)])
             batch = PagedBatch.of_rows(
                 counts, lengths, pages[order], torch.cat(slots), int(lengths.max())
             )
             mixed = paged_attention(module, *queries_and_latents(module, hidden), cache, batch)
             found = module.o_proj(mixed.flatten(1))
-            want = torch.cat([wanted[t][p] for t, p in zip(order, places)])
+            want = torch.cat([wanted[t][p] for t, p in zip(order, places, strict=True)])
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-            done = [n + m for n, m in zip(done, step)]
+            done = [n + m for n, m in zip(done, step, strict=True)]
         assert done == totals

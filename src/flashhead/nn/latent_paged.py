@@ -7,7 +7,7 @@ one) gather their latents and rebuild keys and values once for all their queries
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _decode(
     shape, rows = module.shape, len(query)
     blocks = -(-batch.longest // cache.shape[1])
     lengths = batch.lengths[:rows]
-    seen = {
+    seen: dict[str, Any] = {
         "scale": shape.scale,
         "table": batch.table[:rows, :blocks],
         "starts": None if shape.window is None else (lengths - shape.window).clamp_min(0),
@@ -168,7 +168,8 @@ def _prefill(
     low = first // size
     held = cache[blocks[low : -(-length // size)].long()].flatten(0, 1)
     held = held[first - low * size : length - low * size].to(query.dtype)[None]
-    keys, values = module.materialise(*held.split((shape.rank, shape.rotary_width), -1), first)
+    latent, rotary = held.split((shape.rank, shape.rotary_width), -1)
+    keys, values = module.materialise(latent, rotary, first)
     mask = module._mask(None, tokens, length - first, query.device, False)
     mixed = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],

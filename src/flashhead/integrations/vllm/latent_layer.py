@@ -105,9 +105,7 @@ class LatentImplementation:
             return output.zero_()
         tokens = len(attn_metadata.slots)
         cache = kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache
-        output[:tokens] = paged_attention(
-            layer, query[:tokens], key[:tokens], cache, attn_metadata
-        )
+        output[:tokens] = paged_attention(layer, query[:tokens], key[:tokens], cache, attn_metadata)
         return output
 
 

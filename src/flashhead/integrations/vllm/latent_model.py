@@ -79,7 +79,7 @@ def replace_attention(model: nn.Module, engine: VllmConfig) -> None:
     expected = _expected(engine)
     for name, wanted in latent_modules(expected).items():
         parent, _, own = name.rpartition(".")
-        theirs = model.get_submodule(name)
+        theirs: Any = model.get_submodule(name)
         layer_name = theirs.attn.layer_name
         del engine.compilation_config.static_forward_context[layer_name]
         norms = {
@@ -108,9 +108,7 @@ def _expected(engine: VllmConfig) -> PreTrainedModel:
     return expected
 
 
-def load_weights(
-    model: nn.Module, others: Any, weights: Iterable[tuple[str, Tensor]]
-) -> set[str]:
+def load_weights(model: nn.Module, others: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Load latent attention by its names in the folder, and all else as vLLM's class does.
 
     Args:
