@@ -7,6 +7,7 @@ one) gather their latents and rebuild keys and values once for all their queries
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +103,8 @@ def paged_attention(
     if module.latent_norm is not None:
         latent = module.latent_norm(latent)
     if module.mix is not None:
-        rotary = rotate(rotary, own_cos[:, module._pairs], own_sin[:, module._pairs])
+        pairs = _pairs(shape.components, query.device)
+        rotary = rotate(rotary, own_cos[:, pairs], own_sin[:, pairs])
     size = cache.shape[1]
     cache[batch.slots // size, batch.slots % size] = torch.cat((latent, rotary), -1).to(cache.dtype)
     query = rotate(query.transpose(0, 1), own_cos, own_sin).transpose(0, 1)
@@ -164,6 +166,7 @@ def _prefill(
         length: tokens of the text.
     """
     shape, tokens, size = module.shape, len(query), cache.shape[1]
+    # a window sees no further back than its first query does
     first = 0 if shape.window is None else max(0, length - tokens - shape.window + 1)
     low = first // size
     held = cache[blocks[low : -(-length // size)].long()].flatten(0, 1)
@@ -171,13 +174,22 @@ def _prefill(
     latent, rotary = held.split((shape.rank, shape.rotary_width), -1)
     keys, values = module.materialise(latent, rotary, first)
     mask = module._mask(None, tokens, length - first, query.device, False)
+    # fused kernels want keys and values of one width: zeros change nothing
+    wider = max(0, shape.head_dim - shape.value_dim)
     mixed = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys,
-        values,
+        functional.pad(values, (0, wider)) if wider else values,
         attn_mask=mask,
         is_causal=mask is None and tokens > 1,
         scale=shape.scale,
         enable_gqa=shape.heads != shape.kv_heads,
     )
-    return mixed[0].transpose(0, 1)
+    return mixed[0, ..., : shape.value_dim].transpose(0, 1)
+
+
+@functools.cache
+def _pairs(components: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rotary pair of each kept component, copied to a device once: `int64[components]`."""
+    pairs = [pair for pair, count in enumerate(components) for _ in range(count)]
+    return torch.tensor(pairs, device=device)
