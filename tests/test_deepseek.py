@@ -8,11 +8,17 @@ from latent_models import ids, tiny, windows
 from torch import nn
 from transformers import DeepseekV3ForCausalLM
 
+from flashhead.cli import main
 from flashhead.convert.deepseek import to_deepseek
 from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
-from flashhead.integrations.latent_model import install, latent_modules
+from flashhead.integrations.latent_model import (
+    install,
+    latent_modules,
+    mark_folder,
+    section_of,
+)
 from flashhead.integrations.latent_roles import find_attention
 from flashhead.nn.latent import LatentAttention
 from flashhead.options_latent import LatentOptions
@@ -152,3 +158,42 @@ def test_a_constant_key_that_turns_is_refused():
         next(iter(latent_modules(model).values())).key_constant[0] = 1
     with pytest.raises(FlashHeadError, match="a constant key that turns"):
         to_deepseek(model)
+
+
+def test_folder(tiny_folder, tmp_path, capsys):
+    """A folder that plain transformers cannot load, or one without its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, out = tmp_path / "latent", tmp_path / "deepseek"
+    model = tiny("mha")
+    shapes = [roles.exact for roles in find_attention(model)]
+    for roles, exact in zip(find_attention(model), shapes, strict=True):
+        own = {**TWIN, "head_dim": 16, "value_dim": 16, "scale": exact.scale}
+        shape = dataclasses.replace(exact, **own)
+        install(model, roles.name, LatentAttention(shape, roles.table, roles.module.layer_idx))
+    model.save_pretrained(source)
+    mark_folder(source, section_of(model, "bf16"))
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(source)
+    assert main(["convert", str(source), str(out), "--layout", "deepseek"]) == 0
+    assert "kv_lora_rank 40" in capsys.readouterr().out
+    made = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(made) is DeepseekV3ForCausalLM
+    require_same(model, made)
+    assert AutoTokenizer.from_pretrained(out).vocab_size == 515
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["OUT", "--head", "codes"], "--layout deepseek with --head"),
+        (["OUT", "--kv-ratio", "2"], "--layout deepseek with --kv-ratio"),
+        ([], "wanted OUT"),
+        (["OUT"], "wanted a folder with latent attention"),
+    ],
+)
+def test_a_users_mistake(arguments, message, tiny_folder, tmp_path, capsys):
+    """A wrong call that is found out after the work, or not at all."""
+    given = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
+    assert main(["convert", str(tiny_folder), *given, "--layout", "deepseek"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
