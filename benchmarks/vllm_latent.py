@@ -13,6 +13,7 @@ tie (more than `--steps` steps). `--against MODEL` adds bytes a token of the ori
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -171,26 +172,27 @@ def greedy_and_given(
 ) -> tuple[list[int], list[torch.Tensor]]:
     """transformers' own greedy tokens, and its logits at each place of the given text.
 
-    One prefill serves both: its cache goes on with `generate()`'s own tokens, a copy with the given
-    ones.
+    They are the same run as long as the texts are the same. Where they part, the cache is copied.
     """
-    import copy
-
     from flashhead.integrations.latent_cache import LatentCache
 
-    ids = torch.tensor([prompt], device=model.device)
     cache = LatentCache(model)
-    first = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
-    other, logits = copy.deepcopy(cache), [first]
-    for token in given[:-1]:
-        step = torch.tensor([[token]], device=model.device)
-        logits.append(model(step, past_key_values=other).logits[0, -1].float())
-    own, line = [], first
-    for _ in given:
+
+    def after(tokens: list[int], held: Any) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=model.device)
+        return model(ids, past_key_values=held, logits_to_keep=1).logits[0, -1].float()
+
+    own: list[int] = []
+    line = after(prompt, cache)
+    logits, other = [line], cache
+    for place, token in enumerate(given):
         own.append(int(line.argmax()))
-        if len(own) < len(given):
-            step = torch.tensor([[own[-1]]], device=model.device)
-            line = model(step, past_key_values=cache).logits[0, -1].float()
+        if other is cache and own[-1] != token:
+            other = copy.deepcopy(cache)
+        if place + 1 == len(given):
+            break
+        line = after(own[-1:], cache)
+        logits.append(line if other is cache else after([token], other))
     return own, logits
 
 

@@ -1,5 +1,6 @@
 """Converted models in real engines against transformers with the same latents, in float32."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,15 +16,19 @@ from compare import inherited
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from latent_models import ids, tiny, windows
 
+from flashhead.convert.deepseek import to_deepseek
 from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import (
+    install,
     latent_modules,
     mark_folder,
     section_of,
     serve_latents,
 )
+from flashhead.integrations.latent_roles import find_attention
+from flashhead.nn.latent import LatentAttention
 from flashhead.nn.token_store import StoreOptions
 from flashhead.options_latent import LatentOptions
 
@@ -56,6 +61,31 @@ def written(folder, family, rotary):
     return model
 
 
+def deepseek(folder):
+    """A model as trained from scratch, written in DeepSeek-V3's layout: 512 + 64 numbers a token,
+    the only size that the CPU build's MLA kernel has.
+    """
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = tiny("mha", **sizes, head_dim=64, vocab_size=256)
+    torch.manual_seed(3)
+    for roles in find_attention(model):
+        shape = dataclasses.replace(
+            roles.exact, head_dim=96, value_dim=64, rank=512, rotary="decoupled",
+            components=(1,) * 32, scale=96**-0.5, norm=True, key_constant=False,
+        )  # fmt: skip
+        attention = LatentAttention(shape, roles.table, roles.module.layer_idx)
+        with torch.no_grad():
+            for parameter in attention.parameters():
+                spread = {1: 0, 2: 0.15, 3: 1}[parameter.dim()]
+                parameter.copy_(spread * torch.randn_like(parameter))
+            attention.latent_norm.weight.add_(1)
+        install(model, roles.name, attention)
+    made, report = to_deepseek(model.eval())
+    assert not report["attention_bias"]
+    made.save_pretrained(folder)
+    return model
+
+
 def prompts():
     long = ids(1, 128)[0].tolist()
     return [[long[:n] if n > 50 else long[-n:] for n in lengths] for lengths in ROUNDS]
@@ -74,6 +104,12 @@ def served(tmp_path_factory):
                   "max_num_batched_tokens": PIECE, "enable_chunked_prefill": True,
                   "block_size": 32, "enable_prefix_caching": True}  # fmt: skip
         jobs[folder.name] = {"engine": engine, "rounds": prompts(), "tokens": TOKENS}
+    models["deepseek"] = deepseek(work / "deepseek")
+    # the CPU build's own rotary operator turns DeepSeek's queries wrongly
+    engine = {"model": str(work / "deepseek"), "dtype": "float32", "max_model_len": 128,
+              "max_num_seqs": 8, "enforce_eager": True,
+              "compilation_config": {"custom_ops": ["none"]}}  # fmt: skip
+    jobs["deepseek"] = {"engine": engine, "rounds": prompts(), "tokens": TOKENS}
     (work / "job.json").write_text(json.dumps(jobs))
     answer = work / "answer.json"
     done = subprocess.run(
@@ -100,6 +136,15 @@ def wanted(model, prompt, tokens):
     return found, values
 
 
+def require_same(model, rounds):
+    """Tokens and log-probabilities of transformers' with latent attention."""
+    for lengths, answered in zip(prompts(), rounds, strict=True):
+        for prompt, got in zip(lengths, answered, strict=True):
+            tokens, values = wanted(model, prompt, TOKENS)
+            assert got["tokens"] == tokens
+            assert got["logprobs"] == pytest.approx(values, abs=1e-4)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
 def test_as_transformers(case, served):
     """Blocks that are read in another order, a prompt's pieces that forget each other, a cached
@@ -107,11 +152,16 @@ def test_as_transformers(case, served):
     rotary type that vLLM's model has otherwise, weights that were not loaded.
     """
     models, answers = served
-    for lengths, answered in zip(prompts(), answers["-".join(case)]["rounds"], strict=True):
-        for prompt, got in zip(lengths, answered, strict=True):
-            tokens, values = wanted(models[case], prompt, TOKENS)
-            assert got["tokens"] == tokens
-            assert got["logprobs"] == pytest.approx(values, abs=1e-4)
+    require_same(models[case], answers["-".join(case)]["rounds"])
+
+
+def test_deepseek_layout_in_vllms_own_classes(served):
+    """An export that only transformers reads as it was meant: vLLM has no biases, one epsilon for
+    all norms, and its own order of rotary coordinates.
+    """
+    models, answers = served
+    require_same(models["deepseek"], answers["deepseek"]["rounds"])
+    assert set(answers["deepseek"]["cache_bytes"].values()) == {4 * (512 + 64)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
