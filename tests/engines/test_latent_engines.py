@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from compare import inherited
+from compare import inherited, require_equal, require_searched
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from latent_models import ids, tiny, windows
@@ -170,6 +170,27 @@ def test_blocks_hold_latents_only(case, served):
     models, answers = served
     widths = [module.shape.width for module in latent_modules(models[case]).values()]
     assert list(answers["-".join(case)]["cache_bytes"].values()) == [4 * width for width in widths]
+
+
+@pytest.mark.model
+def test_latents_and_a_searched_head(generate, tmp_path):
+    """A folder with both, of which vLLM takes one: SmolLM2-135M, searched and dense."""
+    out = tmp_path / "smollm2"
+    command = [sys.executable, "-m", "flashhead.cli", "convert", "smollm2-135m", str(out)]
+    options = ["--attention", "latent", "--kv-ratio", "1", "--calibration-tokens", "256"]
+    done = subprocess.run(
+        [*command, *options, "--set", "calibration_tokens=1024"],
+        env=inherited(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    engine = {"model": str(out), "hf_overrides": {"flashhead_options": {"crossover": 16}}}
+    flash = generate(engine)
+    require_searched(flash)
+    assert "FlashHead on" in flash["log"]
+    require_equal(flash, generate(engine, dense=True))
 
 
 @pytest.mark.parametrize(
