@@ -76,6 +76,20 @@ def read_section(source: str) -> dict[str, Any] | None:
     section = config.get(SECTION) if isinstance(config, dict) else None
     if section is None:
         return None
+    check_section(section, source)
+    return section
+
+
+def check_section(section: Any, source: str) -> None:
+    """Check a folder's section.
+
+    Args:
+        section: as config.json has it.
+        source: the folder, for the message.
+
+    Raises:
+        FlashHeadError: one that this version does not understand.
+    """
     if not isinstance(section, dict) or section.get("version") != VERSION:
         version = section.get("version") if isinstance(section, dict) else section
         raise FlashHeadError(
@@ -88,7 +102,6 @@ def read_section(source: str) -> dict[str, Any] | None:
     StoreOptions(section["kv_dtype"])
     if not isinstance(section["layers"], dict):
         raise FlashHeadError(f"{source}: {SECTION}: layers: wanted names and shapes")
-    return section
 
 
 def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -108,12 +121,10 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
     if isinstance(quantization, dict) and quantization.get("quant_method") == "flashhead":
         del values["quantization_config"]
     config = CONFIG_MAPPING[section["model_type"]].from_dict(values)
-    shapes = {name: LatentShape.from_json(layer) for name, layer in section["layers"].items()}
-    cls = AutoModelForCausalLM._model_mapping[type(config)]
-    made = _latent_class(cls, shapes)
+    made = latent_class_of(config, section)
     with torch.device("meta"):
         expected = made(config)
-    _require_tensors(Path(source), expected, quantization is not None)
+    require_tensors(Path(source), expected, quantization is not None)
     model, info = made.from_pretrained(
         source,
         config=config,
@@ -125,9 +136,23 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
     bad = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if bad:
         raise FlashHeadError(f"{source}: {len(bad)} tensors missing or not known, such as {bad[0]}")
-    _give_angles(model)
+    give_angles(model)
     serve_latents(model, store_of(section["kv_dtype"]))
     return model
+
+
+def latent_class_of(config: Any, section: dict[str, Any]) -> Any:
+    """The model class of a folder, whose `__init__` takes `config` and puts latents in place.
+
+    Args:
+        config: of the model before it was converted.
+        section: of the folder, checked.
+
+    Raises:
+        FlashHeadError: a layer's shape that cannot be; from `__init__`: one that does not fit.
+    """
+    shapes = {name: LatentShape.from_json(layer) for name, layer in section["layers"].items()}
+    return _latent_class(AutoModelForCausalLM._model_mapping[type(config)], shapes)
 
 
 def store_of(kv_dtype: str) -> StoreOptions:
@@ -159,7 +184,7 @@ def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) ->
     return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
 
 
-def _require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> None:
+def require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> None:
     """Compare the files' headers with what the model wants, before any weight is read."""
     wanted = {
         f"{name}.{own}": list(parameter.shape)
@@ -182,7 +207,7 @@ def _require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> N
             raise FlashHeadError(f"{folder}: {name} is {found[name]}, wanted {shape}")
 
 
-def _give_angles(model: PreTrainedModel) -> None:
+def give_angles(model: PreTrainedModel) -> None:
     """Rotary angles are no weights: they come from the config, by way of the model's own module."""
     from flashhead.integrations.latent_roles import rotary_table
 

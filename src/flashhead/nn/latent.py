@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
             self.v_proj = nn.Linear(d, shape.kv_heads * shape.value_dim)
             self.k_norm = key_norm
         self.encode = nn.Linear(shape.kv_width if shape.encoder == "keys" else d, shape.width)
-        self.latent_norm = nn.RMSNorm(shape.rank) if shape.norm else None
+        self.latent_norm = nn.RMSNorm(shape.rank, eps=1e-6) if shape.norm else None
         up = 1 / math.sqrt(shape.rank)
         self.key_up = nn.Parameter(torch.randn(shape.kv_heads * shape.fixed_dim, shape.rank) * up)
         self.value_up = nn.Parameter(torch.randn(shape.kv_heads * shape.value_dim, shape.rank) * up)
