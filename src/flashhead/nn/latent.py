@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
-from flashhead.nn import latent_kernel
+from flashhead.nn import latent_kernel, latent_select
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 from flashhead.nn.token_store import StoreOptions, round_through
@@ -131,6 +131,14 @@ class LatentAttention(nn.Module):
         if past_key_values is not None:
             start = past_key_values.get_seq_length(self.layer_idx)
         latent, rotary = self._turned(latent, start)
+        layer = latent_select.layer_of(self, past_key_values)
+        if layer is not None:
+            layer.append_keys(latent_select.scan_keys(self, latent, rotary, start))
+            if tokens == 1 and start >= layer.select.tokens:
+                query = self._query(hidden_states, start)
+                mask = self._mask(attention_mask, 1, start + 1, hidden_states.device, True)
+                mixed = latent_select.attend(self, query, latent, rotary, mask, layer)
+                return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
         if latent_kernel.wanted(self, past_key_values, tokens, hidden_states.device):
             return self._decode(
                 hidden_states, latent, rotary, attention_mask, past_key_values

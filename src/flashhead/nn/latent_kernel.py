@@ -107,7 +107,7 @@ def attend(
     """
     shape = module.shape
     held = sum(latent.codes.shape[1] for latent, _ in runs)
-    bias = None if mask is None else _bias(mask[:, 0, :, mask.shape[-1] - held :])
+    bias = None if mask is None else bias_of(mask[:, 0, :, mask.shape[-1] - held :])
     query = query.squeeze(2)
     up = None
     if shape.rotary == "rebuilt":
@@ -133,9 +133,15 @@ def attend(
             )
         parts.append(found)
         done += tokens
-    mixed = merge(parts).unflatten(1, (shape.kv_heads, -1))
-    value_up = module.value_up.unflatten(0, (shape.kv_heads, -1))
-    values = mixed @ value_up.mT + module.value_constant.unflatten(0, (shape.kv_heads, 1, -1))
+    return values_of(module, merge(parts))
+
+
+def values_of(module: "LatentAttention", mixed: Tensor) -> Tensor:
+    """Values `[batch, heads, 1, value_dim]` of weighted latents `[batch, heads, r]`."""
+    groups = module.shape.kv_heads
+    value_up = module.value_up.unflatten(0, (groups, -1))
+    constant = module.value_constant.unflatten(0, (groups, 1, -1))
+    values = mixed.unflatten(1, (groups, -1)) @ value_up.mT + constant
     return values.flatten(1, 2).unsqueeze(2)
 
 
@@ -181,7 +187,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     return (weights[..., None] * outs.float()).sum(0).to(outs.dtype)
 
 
-def _bias(mask: Tensor) -> Tensor:
+def bias_of(mask: Tensor) -> Tensor:
+    """What a mask, bool (True: seen) or additive, adds to scores."""
     if mask.dtype != torch.bool:
         return mask.float()
     zeros = torch.zeros(mask.shape, device=mask.device)
