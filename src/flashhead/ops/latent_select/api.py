@@ -10,7 +10,8 @@ latents are shared by them, so a token that is read is read for all. This is the
 vocabulary (`ops.scan`) applied to the context; blocks by bounds of their keys are Quest
 (arXiv 2406.10774), tokens by a small indexer DeepSeek-V3.2.
 
-`impl="reference"` is eager torch and the specification; `impl="cpu"` scans with Numba.
+`impl="reference"` is eager torch and the specification; `impl="cpu"` scans with Numba,
+`impl="triton"` on a GPU. The choice itself is torch's top-k everywhere.
 """
 
 import torch
@@ -45,7 +46,7 @@ def latent_select(
         options: how many are chosen.
         starts: `int32[batch]`: tokens before it are not seen. None: 0.
         bias: floating `[1 or batch, 1 or heads, tokens]`, added to scores; -inf hides a token.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         index `int32[batch, n]`, ascending, -1 where a row or its last block has no token; n is
@@ -68,6 +69,10 @@ def estimate(query: Tensor, keys: KeyCodes, *, scale: float, impl: str = "auto")
         from flashhead.ops.latent_select import cpu
 
         return cpu.estimate(query, keys, scale)
+    if chosen == "triton":
+        from flashhead.ops.latent_select import triton
+
+        return triton.estimate(query, keys, scale)
     return reference.estimate(query, keys, scale)
 
 
