@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
-from flashhead.nn import latent_kernel, latent_step
+from flashhead.nn import latent_kernel, latent_select, latent_step
 from flashhead.nn.latent_pairs import Pairs
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
@@ -137,6 +137,14 @@ class LatentAttention(nn.Module):
             start = past_key_values.get_seq_length(self.layer_idx)
         cos, sin = self.table.at(start, start + tokens, hidden_states)
         latent, rotary = self.turned(self.compress(hidden_states), cos, sin)
+        layer = latent_select.layer_of(self, past_key_values)
+        if layer is not None:
+            layer.append_keys(latent_select.scan_keys(self, latent, rotary, start))
+            if tokens == 1 and start >= layer.select.tokens:
+                query = self.query(hidden_states, cos, sin)
+                mask = self._mask(attention_mask, 1, start + 1, hidden_states.device, True)
+                mixed = latent_select.attend(self, query, latent, rotary, mask, layer)
+                return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
         if latent_kernel.wanted(self, past_key_values, tokens, hidden_states.device):
             query = self.query(hidden_states, cos, sin)
             return self._decode(query, latent, rotary, attention_mask, past_key_values), None

@@ -107,7 +107,7 @@ def attend(
     """
     shape = module.shape
     held = sum(latent.codes.shape[1] for latent, _ in runs)
-    bias = None if mask is None else _bias(mask[:, 0, :, mask.shape[-1] - held :])
+    bias = None if mask is None else bias_of(mask[:, 0, :, mask.shape[-1] - held :])
     query = query.squeeze(2)
     up = None
     if shape.rotary == "rebuilt":
@@ -192,7 +192,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     return (weights[..., None] * outs.float()).sum(0).to(outs.dtype)
 
 
-def _bias(mask: Tensor) -> Tensor:
+def bias_of(mask: Tensor) -> Tensor:
+    """What a mask, bool (True: seen) or additive, adds to scores."""
     if mask.dtype != torch.bool:
         return mask.float()
     zeros = torch.zeros(mask.shape, device=mask.device)

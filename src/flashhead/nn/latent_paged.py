@@ -142,7 +142,9 @@ def _decode(
     else:
         if module.key_constant is not None:
             room = blocks * cache.shape[1]
-            seen["bias"] = latent_kernel.constant_scores(module, query, 0, room)
+            seen["bias"] = latent_kernel.constant_scores(
+                module, query, *module.table.at(0, room, query.float())
+            )
         mixed, _ = latent_decode(
             latent_kernel.absorbed_query(module, query),
             held,
