@@ -7,7 +7,8 @@ rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
 A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
-Widths, depth, MLP, initial spread of weights and everything that is trained on are the same.
+Parameters that attention saves go to the twin's MLP, so that both have as many. Depth, initial spread
+of weights and all that is trained on are the same.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class TwinSizes:
         hidden: of the residual stream.
         heads: of attention.
         head_dim: coordinates of a head's key and value.
-        intermediate: of the MLP.
+        intermediate: of MHA's MLP.
         context: longest text.
 
     Raises:
@@ -51,11 +52,11 @@ class TwinSizes:
     """
 
     vocab_size: int = 8192
-    layers: int = 8
-    hidden: int = 512
+    layers: int = 6
+    hidden: int = 1024
     heads: int = 32
     head_dim: int = 32
-    intermediate: int = 1408
+    intermediate: int = 2048
     context: int = 1024
 
     def __post_init__(self) -> None:
@@ -88,6 +89,14 @@ class TwinSizes:
             key_constant=False,
         )
 
+    @property
+    def latent_intermediate(self) -> int:
+        """Of the twin's MLP: wider by what attention saves, in steps of 32."""
+        with torch.device("meta"):
+            own = sum(p.numel() for p in LatentAttention(self.latent_shape, None).parameters())
+        saved = 4 * self.hidden * self.heads * self.head_dim - own
+        return self.intermediate + max(0, saved // (3 * self.hidden)) // 32 * 32
+
 
 def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> PreTrainedModel:
     """A new model in float32: "mha" or "latent"."""
@@ -95,7 +104,7 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
     config = LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
+        intermediate_size=sizes.latent_intermediate if kind == "latent" else sizes.intermediate,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
