@@ -7,8 +7,8 @@ rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
 A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
-Parameters that attention saves go to the twin's MLP, so that both have as many. Depth, initial spread
-of weights and all that is trained on are the same.
+Parameters that attention saves go to the twin's MLP, so that both have as many. Depth, spread of
+first weights and all that is trained on are the same.
 """
 
 import dataclasses
