@@ -7,8 +7,8 @@ rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
 A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
-Parameters that attention saves go to the twin's MLP, so that both have as many. Depth, spread of
-first weights and all that is trained on are the same.
+Parameters that attention saves go to the twin's MLP, so that both have as many. Depth and all that is
+trained on are the same.
 """
 
 import dataclasses
@@ -129,15 +129,20 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
 
 
 def first_weights(attention: LatentAttention) -> None:
-    """All matrices normal, biases 0; every head reads the rotary key as it is."""
+    """Matrices normal, biases 0; every head reads the rotary key as it is.
+
+    The latent is normed, so with 1 / sqrt(r) keys and values begin with unit variance. With `SPREAD`
+    there, they begin so small that the twin lags behind (docs/log.md).
+    """
+    up = attention.shape.rank**-0.5
     with torch.no_grad():
         for module in attention.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=SPREAD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(attention.key_up, std=SPREAD)
-        nn.init.normal_(attention.value_up, std=SPREAD)
+        nn.init.normal_(attention.key_up, std=up)
+        nn.init.normal_(attention.value_up, std=up)
         if attention.mix is not None:
             attention.mix.zero_()[..., 0] = 1
 
