@@ -7,8 +7,8 @@ rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
 A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
-Parameters that attention saves go to the twin's MLP, so that both have as many. Depth and all that is
-trained on are the same.
+Parameters that attention saves go to the twin's MLP, so that both have as many. Depth and all that
+is trained on are the same.
 """
 
 import dataclasses
@@ -131,8 +131,8 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
 def first_weights(attention: LatentAttention) -> None:
     """Matrices normal, biases 0; every head reads the rotary key as it is.
 
-    The latent is normed, so with 1 / sqrt(r) keys and values begin with unit variance. With `SPREAD`
-    there, they begin so small that the twin lags behind (docs/log.md).
+    The latent is normed, so with 1 / sqrt(r) keys and values begin with unit variance. With
+    `SPREAD` there, they begin so small that the twin lags behind (docs/log.md).
     """
     up = attention.shape.rank**-0.5
     with torch.no_grad():
