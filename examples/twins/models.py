@@ -31,7 +31,7 @@ TWINS = ("mha", "latent")
 SMALLER = 8
 """The twin's cache is so many times smaller."""
 SPREAD = 0.02
-"""Standard deviation of first weights, as transformers' Llama has it."""
+"""Standard deviation of first embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,6 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
-        initializer_range=SPREAD,
         attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
@@ -123,28 +122,30 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
         table = rotary_table(model, None)
         for roles in find_attention(model):
             attention = LatentAttention(sizes.latent_shape, table, roles.module.layer_idx)
-            first_weights(attention)
+            nn.init.zeros_(attention.encode.bias)
             install(model, roles.name, attention)
+    first_weights(model)
     return model
 
 
-def first_weights(attention: LatentAttention) -> None:
-    """Matrices normal, biases 0; every head reads the rotary key as it is.
+def first_weights(model: PreTrainedModel) -> None:
+    """Matrices normal with 1 / sqrt(inputs), so that what they give begins with unit variance.
 
-    The latent is normed, so with 1 / sqrt(r) keys and values begin with unit variance. With
-    `SPREAD` there, they begin so small that the twin lags behind (docs/log.md).
+    Projections into the residual stream begin smaller by sqrt(2 layers), embeddings with `SPREAD`,
+    biases are 0; every head reads the rotary key as it is. One rule for both: a first comparison
+    with 0.02 everywhere was decided by the spread of first keys and values (docs/log.md).
     """
-    up = attention.shape.rank**-0.5
+    residual = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
-        for module in attention.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=SPREAD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(attention.key_up, std=up)
-        nn.init.normal_(attention.value_up, std=up)
-        if attention.mix is not None:
-            attention.mix.zero_()[..., 0] = 1
+        for name, p in model.named_parameters():
+            own = name.rpartition(".self_attn.")[2]
+            if p is model.get_input_embeddings().weight:
+                nn.init.normal_(p, std=SPREAD)
+            elif own == "mix":
+                p.zero_()[..., 0] = 1
+            elif p.dim() == 2:
+                scale = residual if own.startswith("o_proj") or "down_proj" in own else 1.0
+                nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)
 
 
 def cache_numbers(kind: str, sizes: TwinSizes) -> int:

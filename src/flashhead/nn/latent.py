@@ -195,7 +195,8 @@ class LatentAttention(nn.Module):
         """Latent `[batch, tokens, r]` and the rotary key, turned by its index."""
         rotary, latent = latent.split((self.shape.rotary_width, self.shape.rank), -1)
         if self.latent_norm is not None:
-            latent = self.latent_norm(latent)
+            # under autocast its weight stays float32, and the fused norm wants one dtype
+            latent = self.latent_norm(latent.to(self.latent_norm.weight.dtype))
         if self.mix is not None:
             cos, sin = self.table.at(start, start + latent.shape[1], latent)
             index = self._pairs.index(latent.device)
