@@ -64,8 +64,7 @@ def test_the_kernel_scans_as_the_reference(bits, impl):
     """Bytes of another group, heads in another order, the rest of a task left out, memory of
     another row.
     """
-    if impl == "triton":
-        pytest.importorskip("triton")
+    pytest.importorskip({"cpu": "numba"}.get(impl, impl))
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     # on tensor cores queries are float16: half a unit in the last place, of sums of dim products
     tolerance = 1e-5 if impl == "cpu" else 2**-11
