@@ -40,8 +40,9 @@ def captured(model, window, places):
 
     def keep(module, args, kwargs):
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        latent, rotary = module._turned(module.compress(hidden), 0)
-        query = module._query(hidden, 0)[0][:, places].transpose(0, 1)
+        cos, sin = module.table.at(0, hidden.shape[1], hidden)
+        latent, rotary = module.turned(module.compress(hidden), cos, sin)
+        query = module.query(hidden, cos, sin)[0][:, places].transpose(0, 1)
         found[module] = (query.contiguous(), latent, rotary)
 
     modules = latent_modules(model).values()

@@ -8,6 +8,7 @@ from flashhead.nn.latent_shape import ROTARY
 from flashhead.nn.token_store import KINDS
 
 RANKS = ("budget", "uniform")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LatentOptions:
         calibration: text files; none: text that the model samples.
         calibration_tokens: how much of it is read.
         seed: of the sampling and the statistics.
+        device: "cpu" or "cuda", where text is sampled and statistics are taken.
 
     Raises:
         FlashHeadError: a value out of range.
@@ -35,11 +37,18 @@ class LatentOptions:
     calibration: tuple[Path, ...] = ()
     calibration_tokens: int = 8192
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 1 <= self.kv_ratio <= 1024:
             raise FlashHeadError(f"kv_ratio={self.kv_ratio}: wanted a number from 1 to 1024")
-        for name, choices in (("kv_dtype", KINDS), ("rotary", ROTARY), ("ranks", RANKS)):
+        choices_of = {
+            "kv_dtype": KINDS,
+            "rotary": ROTARY,
+            "ranks": RANKS,
+            "device": DEVICES,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise FlashHeadError(
                     f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}"

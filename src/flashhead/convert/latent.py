@@ -56,13 +56,16 @@ def make_latent(
 
     model.set_attn_implementation("sdpa")
     # statistics need float32 gradients; the caller's model keeps its dtype
+    home = model.device
     exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     found = find_attention(exact)
     for roles in found:
         identity = maps(_no_statistics(roles.exact), whole(roles.exact), roles.exact)
         require_equal(exact, roles, build(roles, identity))
     if statistics is None:
+        exact.to(options.device)
         statistics = statistics_of(exact, found, windows, options.seed, progress)
+        exact.to(home)
     shapes = [_shape(roles.exact, options.rotary) for roles in found]
     candidates = [pieces(layer, shape) for layer, shape in zip(statistics, shapes, strict=True)]
     kept = _choose(candidates, shapes, options)

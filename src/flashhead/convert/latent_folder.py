@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flashhead.errors import FlashHeadError
 from flashhead.options_latent import LatentOptions
 
@@ -20,12 +22,14 @@ def convert_attention(
 
     Raises:
         FlashHeadError: an architecture that is not supported, a text too short, weights that are
-            quantized already.
+            quantized already, no GPU where one is asked for.
     """
     from flashhead.convert.latent import make_latent
     from flashhead.integrations.latent_model import serve_latents, store_of
     from flashhead.integrations.latent_text import file_windows, sample_documents
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise FlashHeadError("--device cuda: torch sees no GPU")
     if getattr(model.config, "quantization_config", None) is not None:
         raise FlashHeadError("the model is quantized already: convert its attention before that")
     if options.calibration:
@@ -34,9 +38,11 @@ def convert_attention(
         )
         named: Any = [path.name for path in options.calibration]
     else:
+        home = model.device
         windows = sample_documents(
-            model, options.calibration_tokens, options.seed, progress=progress
+            model.to(options.device), options.calibration_tokens, options.seed, progress=progress
         )
+        model.to(home)
         named = "sampled"
     report = make_latent(model, options, windows, progress=progress)
     serve_latents(model, store_of(options.kv_dtype))

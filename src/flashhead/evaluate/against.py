@@ -90,7 +90,7 @@ def _logits_of_both(
             yield (
                 targets[part],
                 [
-                    process(float32_logits(hidden[part], head.weight, head.bias))
+                    process(float32_logits(hidden[part], head.weight, head.bias).cpu())
                     for process, hidden, head in zip(finish, states, heads, strict=True)
                 ],
             )

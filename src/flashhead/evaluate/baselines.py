@@ -42,11 +42,11 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         bias: `bf16/f32[V]` or None.
 
     Returns:
-        `float32[n, V]`.
+        `float32[n, V]`, on the device of `hidden`.
     """
     vocab_size, d = weight.shape
     states = hidden.float()
-    logits = torch.empty(states.shape[0], vocab_size, dtype=torch.float32)
+    logits = torch.empty(states.shape[0], vocab_size, dtype=torch.float32, device=states.device)
     for block in row_blocks(vocab_size, d):
         logits[:, block] = states @ weight[block].float().T
     return logits if bias is None else logits.add_(bias.float())

@@ -347,12 +347,14 @@ class RoundedCache(StoredCache):
     Args:
         config: of the model.
         options: how keys and values are kept.
+        reserve: tokens that there is room for whenever memory is taken.
     """
 
-    def __init__(self, config: Any, options: StoreOptions) -> None:
+    def __init__(self, config: Any, options: StoreOptions, reserve: int = 0) -> None:
         text = config.get_text_config(decoder=True)
         window = getattr(text, "sliding_window", None)
         kinds = getattr(text, "layer_types", None)
         if kinds is None:
             kinds = ["full_attention" if window is None else SLIDING] * text.num_hidden_layers
-        super().__init__(options, [(window if k == SLIDING else None, None) for k in kinds])
+        windows = [window if kind == SLIDING else None for kind in kinds]
+        super().__init__(options, [(one, None) for one in windows], reserve)

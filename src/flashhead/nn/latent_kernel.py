@@ -115,7 +115,8 @@ def attend(
         up = KeyUp(module.key_up, shape.kv_heads, cos, sin, module.key_constant)
     else:
         if module.key_constant is not None:
-            added = constant_scores(module, query, start, held)
+            angles = module.table.at(start, start + held, query.float())
+            added = constant_scores(module, query, *angles)
             bias = added if bias is None else bias + added
         query = absorbed_query(module, query)
     parts, done = [], 0
@@ -137,11 +138,11 @@ def attend(
 
 
 def values_of(module: "LatentAttention", mixed: Tensor) -> Tensor:
-    """Values `[batch, heads, 1, value_dim]` of weighted latents `[batch, heads, r]`."""
-    groups = module.shape.kv_heads
-    value_up = module.value_up.unflatten(0, (groups, -1))
-    constant = module.value_constant.unflatten(0, (groups, 1, -1))
-    values = mixed.unflatten(1, (groups, -1)) @ value_up.mT + constant
+    """Values of mixed latents `[batch, heads, r]`: `[batch, heads, 1, value_dim]`."""
+    shape = module.shape
+    mixed = mixed.unflatten(1, (shape.kv_heads, -1))
+    value_up = module.value_up.unflatten(0, (shape.kv_heads, -1))
+    values = mixed @ value_up.mT + module.value_constant.unflatten(0, (shape.kv_heads, 1, -1))
     return values.flatten(1, 2).unsqueeze(2)
 
 
@@ -156,8 +157,14 @@ def absorbed_query(module: "LatentAttention", query: Tensor) -> Tensor:
     return torch.cat(parts, -1).flatten(1, 2)
 
 
-def constant_scores(module: "LatentAttention", query: Tensor, start: int, held: int) -> Tensor:
-    """What the constant key adds to scores: float32 `[batch, heads, held]`.
+def constant_scores(module: "LatentAttention", query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the constant key adds to scores: float32 `[batch, heads, cached]`.
+
+    Args:
+        module: whose constant is taken.
+        query: turned, `[batch, heads, head_dim]`.
+        cos: float32 `[cached, pairs]`.
+        sin: likewise.
 
     q . turn(k, t) = a cos t + b sin t + c: a product of a few numbers a head with the angles, and
     no turned key exists.
@@ -166,7 +173,6 @@ def constant_scores(module: "LatentAttention", query: Tensor, start: int, held: 
     assert module.key_constant is not None
     constant = module.key_constant.float().unflatten(0, (shape.kv_heads, 1, -1))
     grouped = query.float().unflatten(1, (shape.kv_heads, -1))
-    cos, sin = module.table.at(start, start + held, grouped)
     pairs = cos.shape[1]
     sizes = (pairs, pairs, shape.head_dim - 2 * pairs)
     (q_re, q_im, q_rest), (k_re, k_im, k_rest) = (x.split(sizes, -1) for x in (grouped, constant))

@@ -97,7 +97,9 @@ def estimate_inputs(
         held: tokens.
     """
     if module.key_constant is not None:
-        added = latent_kernel.constant_scores(module, query, 0, held)
+        added = latent_kernel.constant_scores(
+            module, query, *module.table.at(0, held, query.float())
+        )
         bias = added if bias is None else bias + added
     if module.shape.rotary == "decoupled":
         query = latent_kernel.absorbed_query(module, query)
@@ -140,7 +142,8 @@ def attend(
         starts=starts,
         bias=added,
     )
-    return latent_kernel.values_of(module, _attend_at(module, query, index, bias, layer))
+    mixed = _attend_at(module, query, index, bias, layer)
+    return latent_kernel.values_of(module, mixed).unsqueeze(2)
 
 
 def _attend_at(
@@ -163,7 +166,9 @@ def _attend_at(
         cos, sin = (angles[places] for angles in module.table.at(0, held, query.float()))
         return _rebuilt(module, query, latent, (cos, sin), lengths, seen)
     if module.key_constant is not None:
-        constant = latent_kernel.constant_scores(module, query, 0, held)
+        constant = latent_kernel.constant_scores(
+            module, query, *module.table.at(0, held, query.float())
+        )
         seen = seen + constant.gather(2, places.unsqueeze(1).expand(-1, shape.heads, -1))
     turning = Rows(rotary, shape.rotary_width) if shape.rotary_width else None
     asked = latent_kernel.absorbed_query(module, query)

@@ -42,12 +42,15 @@ class DenseHead:
 
     def choose(self, hidden: Tensor) -> list[tuple[int, bool, int]]:
         """Next token, whether it is certified, rows scored exactly; of each `[n, d]`."""
-        logits = self.logits(hidden)
+        logits = self._logits(hidden)
         return [(token, False, logits.shape[1]) for token in logits.argmax(1).tolist()]
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Complete logits: float32[n, V]."""
+        """Complete logits: float32[n, V], on the CPU."""
+        return self._logits(hidden).cpu()
+
+    @torch.no_grad()
+    def _logits(self, hidden: Tensor) -> Tensor:
         head: Any = self.head
         return self.postprocess(float32_logits(hidden, head.weight, head.bias))
 
@@ -73,7 +76,7 @@ class SearchedHead:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Complete logits: float32[n, V]."""
+        """Complete logits: float32[n, V], on the CPU."""
         return self.postprocess(self.head.search(hidden).logits.float().cpu())
 
 
