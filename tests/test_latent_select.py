@@ -11,6 +11,7 @@ from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import latent_modules, serve_latents
+from flashhead.integrations.latent_static import StaticLatentCache
 from flashhead.nn.token_store import StoreOptions, TokenStore
 from flashhead.ops.latent_select import codes, reference
 from flashhead.ops.latent_select.api import estimate, latent_select
@@ -64,8 +65,7 @@ def test_the_kernel_scans_as_the_reference(bits, impl):
     """Bytes of another group, heads in another order, the rest of a task left out, memory of
     another row.
     """
-    if impl == "triton":
-        pytest.importorskip("triton")
+    pytest.importorskip({"cpu": "numba"}.get(impl, impl))
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     # on tensor cores queries are float16: half a unit in the last place, of sums of dim products
     tolerance = 1e-5 if impl == "cpu" else 2**-11
@@ -418,6 +418,10 @@ def test_what_cannot_select_says_so():
         LatentCache(made, select=FEW)
     made = tiny("gqa")
     make_latent(made, LatentOptions(kv_ratio=1.5), windows(), progress=False)
+    serve_latents(made, StoreOptions())
+    made.latent_select = FEW
+    with pytest.raises(FlashHeadError, match="a cache of fixed size reads every token"):
+        StaticLatentCache(made, 64)
     for module in latent_modules(made).values():
         module.mode = "materialised"
     with pytest.raises(FlashHeadError, match="select with mode='materialised'"), torch.no_grad():

@@ -41,7 +41,8 @@ class StaticLatentCache(Cache):
         options: how latents are kept; None: as the model's folder says, else bf16.
 
     Raises:
-        FlashHeadError: no latent attention, or options that need rooms that move.
+        FlashHeadError: no latent attention, a selection of tokens (`model.latent_select`), or
+            options that need rooms that move.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class StaticLatentCache(Cache):
             raise FlashHeadError("the model has no latent attention: flashhead convert makes one")
         if not hasattr(model, "latent_store"):
             raise FlashHeadError("StaticLatentCache: wanted a model that flashhead.load returned")
+        if getattr(model, "latent_select", None) is not None:
+            raise FlashHeadError("model.latent_select: a cache of fixed size reads every token")
         if type(tokens) is not int or tokens < 1:
             raise FlashHeadError(f"tokens={tokens!r}: wanted a positive integer")
         self.options: StoreOptions = options or model.latent_store
