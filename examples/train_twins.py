@@ -76,6 +76,8 @@ def _add_train(subparsers: Any) -> None:
         own.add_argument(f"--{name}", type=integer(1), default=value)
     own.add_argument("--intermediate", type=integer(1), default=2048)
     own.add_argument("--context", type=integer(16), default=1024)
+    own.add_argument("--rotary", choices=("decoupled", "rebuilt"), default="decoupled")
+    own.add_argument("--components", type=integer(1), default=1, help="of a decoupled key's pair")
     own.add_argument("--batch-tokens", type=integer(16), default=65536, help="of one step")
     own.add_argument("--micro-tokens", type=integer(16), default=32768, help="of one pass")
     own.add_argument("--held-tokens", type=integer(16), default=262_144, help="of the curves")

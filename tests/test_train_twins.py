@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.latent_model import serve_latents
 from flashhead.integrations.transformers import load_dense
+from flashhead.nn.token_store import StoreOptions
 
 EXAMPLES = str(Path(__file__).parent.parent / "examples")
 sys.path.insert(0, EXAMPLES)
@@ -61,6 +63,21 @@ def test_sizes():
     ]
     assert counts[0]["embeddings"] == counts[1]["embeddings"] == 8192 * 1024
     assert 0.99 * counts[0]["all"] < counts[1]["all"] <= counts[0]["all"]
+
+
+@pytest.mark.parametrize("own", [{"rotary": "rebuilt"}, {"components": 2}])
+def test_other_twins(own):
+    """Other ways to turn keys that cache more, or whose steps are not what the whole text gives."""
+    sizes = TwinSizes(vocab_size=64, layers=2, hidden=32, heads=32, head_dim=4, **own)
+    assert cache_numbers("mha", sizes) == 8 * cache_numbers("latent", sizes)
+    model = make_twin("latent", sizes, 0).eval()
+    serve_latents(model, StoreOptions())
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        past = model(ids[:, :23]).past_key_values
+        step = model(ids[:, 23:], past_key_values=past).logits
+    assert torch.allclose(step, whole[:, 23:], atol=1e-4)
 
 
 def test_corpus(folder, out):

@@ -3,9 +3,9 @@
 MHA caches 2 * heads * head_dim numbers a token and layer. The twin caches an eighth: a latent of
 rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
-    r + rope = 2 * heads * head_dim / 8
+    r + rope = 2 * heads * head_dim / 8,    rope = head_dim
 
-A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
+A head's query and key have 2 * head_dim coordinates, half of which turn; its value has head_dim.
 
 Parameters that attention saves go to the twin's MLP, so that both have as many. Depth and all that
 is trained on are the same.
@@ -46,6 +46,9 @@ class TwinSizes:
         head_dim: coordinates of a head's key and value.
         intermediate: of MHA's MLP.
         context: longest text.
+        rotary: of the twin: "decoupled", or "rebuilt" (no rotary key: keys of all heads turn, and
+            are rebuilt from the latent at each step).
+        components: of each rotary pair that are kept, decoupled only.
 
     Raises:
         FlashHeadError: sizes that do not fit each other.
@@ -58,10 +61,12 @@ class TwinSizes:
     head_dim: int = 32
     intermediate: int = 2048
     context: int = 1024
+    rotary: str = "decoupled"
+    components: int = 1
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
+            if name != "rotary" and value < 1:
                 raise FlashHeadError(f"{name}={value}: wanted 1 or more")
         if self.head_dim % 2 or self.heads < SMALLER:
             raise FlashHeadError(
@@ -72,19 +77,21 @@ class TwinSizes:
     @property
     def latent_shape(self) -> LatentShape:
         """Of the twin's attention."""
-        rope = self.head_dim
         width = 2 * self.heads * self.head_dim // SMALLER
+        turns = self.rotary == "decoupled"
+        rope = self.components * self.head_dim if turns else 0
+        head_dim = self.head_dim * (2 if turns else 1)
         return LatentShape(
             hidden_size=self.hidden,
             heads=self.heads,
             kv_heads=self.heads,
-            head_dim=self.head_dim + rope,
+            head_dim=head_dim,
             value_dim=self.head_dim,
             rank=width - rope,
-            rotary_dim=rope,
-            rotary="decoupled",
-            components=(1,) * (rope // 2),
-            scale=float(self.head_dim + rope) ** -0.5,
+            rotary_dim=self.head_dim,
+            rotary=self.rotary,
+            components=(self.components,) * (self.head_dim // 2) if turns else (),
+            scale=float(head_dim) ** -0.5,
             norm=True,
             key_constant=False,
         )
@@ -132,20 +139,31 @@ def first_weights(model: PreTrainedModel) -> None:
     """Matrices normal with 1 / sqrt(inputs), so that what they give begins with unit variance.
 
     Projections into the residual stream begin smaller by sqrt(2 layers), embeddings with `SPREAD`,
-    biases are 0; every head reads the rotary key as it is. One rule for both: a first comparison
-    with 0.02 everywhere was decided by the spread of first keys and values (docs/log.md).
+    biases are 0; every head reads a rotary key of one component as it is. One rule for both: a
+    comparison with 0.02 everywhere was decided by the spread of first keys and values
+    (docs/log.md).
     """
     residual = (2 * model.config.num_hidden_layers) ** -0.5
+    pairs = model.config.head_dim // 2
     with torch.no_grad():
         for name, p in model.named_parameters():
             own = name.rpartition(".self_attn.")[2]
             if p is model.get_input_embeddings().weight:
                 nn.init.normal_(p, std=SPREAD)
             elif own == "mix":
-                p.zero_()[..., 0] = 1
+                _first_mix(p, pairs)
             elif p.dim() == 2:
                 scale = residual if own.startswith("o_proj") or "down_proj" in own else 1.0
                 nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)
+
+
+def _first_mix(mix: torch.Tensor, pairs: int) -> None:
+    """`[heads, components, 2]`: 1 for one component a pair, else random, of the same size."""
+    each = mix.shape[1] // pairs
+    if each == 1:
+        mix.zero_()[..., 0] = 1
+    else:
+        nn.init.normal_(mix, std=(2 * each) ** -0.5)
 
 
 def cache_numbers(kind: str, sizes: TwinSizes) -> int:

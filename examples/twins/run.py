@@ -38,7 +38,7 @@ def train_twins(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     corpus = load_corpus(args.out, _corpus_options(args))
-    own = ("layers", "hidden", "heads", "head_dim", "intermediate", "context")
+    own = [field.name for field in dataclasses.fields(TwinSizes) if field.name != "vocab_size"]
     sizes = TwinSizes(len(corpus.tokenizer), **{name: getattr(args, name) for name in own})
     settings = _settings(sizes, options)
     document = _earlier(args.out, settings) or {
