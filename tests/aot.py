@@ -37,6 +37,8 @@ from flashhead.ops.latent_decode.blocks import Blocks
 from flashhead.ops.latent_decode.rebuilt import latent_decode_rebuilt
 from flashhead.ops.latent_decode.reference import KeyUp
 from flashhead.ops.latent_decode.rows import Rows
+from flashhead.ops.latent_select import triton as latent_select
+from flashhead.ops.latent_select.codes import KeyCodes, code_bytes
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
@@ -294,6 +296,31 @@ class RebuiltCase:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SelectCase:
+    """A scan of cached keys.
+
+    Args:
+        heads, groups, dim, bits: of it.
+    """
+
+    heads: int
+    groups: int
+    dim: int
+    bits: int
+
+    def __str__(self) -> str:
+        return f"select {self.heads}/{self.groups}x{self.dim} in {self.bits} bits"
+
+    def launch(self) -> None:
+        """Call the launcher."""
+        shape = (8, 4096, self.groups)
+        codes = new(*shape, code_bytes(self.dim, self.bits), dtype=torch.uint8)
+        keys = KeyCodes(codes, new(*shape, dtype=torch.float16), self.dim, self.bits)
+        query = new(8, self.heads, self.dim, dtype=torch.bfloat16)
+        latent_select.estimate(query, keys, 0.1)
+
+
 def query_case(name: str, head: tuple[int, int, Layout], states: int, **options: Any) -> CodesCase:
     """The query kernel where a program has several of 8 hidden states, as with wide heads."""
     _, d, layout = head
@@ -338,6 +365,10 @@ SMALL_CASES = [
     LatentCase(16, 192, 0, "int8"),
     RebuiltCase(9, 3, 64, 192),
     RebuiltCase(14, 2, 64, 128, "int4", page=16),
+    SelectCase(9, 3, 64, 2),
+    SelectCase(32, 1, 576, 2),
+    SelectCase(32, 32, 128, 1),
+    SelectCase(14, 2, 52, 4),
 ]
 """For every compute capability."""
 

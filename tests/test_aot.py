@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from flashhead.ops.cascade import triton_complete, triton_select
 from flashhead.ops.latent_decode import hopper, triton_rebuilt
 from flashhead.ops.latent_decode import triton as latent_decode
+from flashhead.ops.latent_select import triton as latent_select
 from flashhead.ops.noise import triton as noise
 from flashhead.ops.probe import triton as probe
 from flashhead.ops.probe import triton_search
@@ -31,6 +32,7 @@ MODULES = (
     latent_decode,
     hopper,
     triton_rebuilt,
+    latent_select,
 )
 CAPABILITIES = ("80", "89", "90", "100")
 MISSING: dict[str, set[str]] = {"90": set(), "100": {"_scan_bits_kernel", "_hopper_kernel"}}

@@ -248,6 +248,7 @@ def test_a_changed_answer_is_one_line(converted, base, tmp_path, capsys):
         (["--tasks", "needle", "--batch", "many"], "wanted an integer, 1 to 4,096"),
         (["--tasks", "needle", "--data", "{empty}"], "no such file"),
         (["--tasks", "needle", "--kv-dtype", "int8"], "--kv-dtype without --data"),
+        (["--tasks", "needle", "--kv-select", "64"], "--kv-select without --data"),
         (["--tasks", "needle", "--data-dir", "{empty}/no"], "no such folder"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from latent_models import ids, tiny, windows
+from transformers import StaticCache
 
 from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
@@ -178,9 +179,10 @@ def test_generate_uses_it(latent_model, float_model):
     assert torch.equal(beams.sequences, cached.sequences)
 
 
-def test_a_cache_of_fixed_size_is_refused(latent_model):
-    with pytest.raises(FlashHeadError, match="fixed size"):
-        latent_model.generate(ids(1, 5), max_new_tokens=3, cache_implementation="static")
+def test_another_cache_of_fixed_size_is_refused(latent_model):
+    cache = StaticCache(latent_model.config, max_cache_len=16)
+    with pytest.raises(FlashHeadError, match="wanted a LatentCache, StaticLatentCache"):
+        latent_model.generate(ids(1, 5), max_new_tokens=3, past_key_values=cache)
 
 
 def test_a_model_without_latents_has_no_latent_cache():

@@ -164,6 +164,17 @@ def test_eval_against(folder, tiny_folder, text, capsys):
     assert value == 2 * (48 + 2)  # ratio 1, int8, one scale
     decoded = task["rows"]["value"]["decoded_tokens"] / (task["rows"]["value"]["tokens"] + 5)
     assert 0.2 < decoded < 0.3
+    assert "select" not in task
+
+
+def test_eval_of_a_selection(folder, tiny_folder, text, capsys):
+    """A selection that is asked for and not made; codes that are not counted."""
+    arguments = ["--against", tiny_folder, "--data", str(text), "--limit", "300", "--window", "64"]
+    assert main(["eval", str(folder), *arguments, "--kv-select", "20", "--json"]) == 0
+    task = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["perplexity"]
+    assert task["select"]["tokens"] == 20
+    assert 1e-6 < abs(task["ratio"] - 1) < 0.2
+    assert task["cache_bytes_per_token"]["value"] > 2 * (48 + 2 + 2 * (3 + 2))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +187,11 @@ def test_eval_against(folder, tiny_folder, text, capsys):
         (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--kv-dtype", "int4",
           "--limit", "20"],
          "no latent attention"),
+        (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--kv-select", "64",
+          "--limit", "20"],
+         "--kv-select: {tiny} has no latent attention"),
+        (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--kv-select", "17"],
+         "'17': wanted an integer, 18 or more"),
         (["eval", "{tiny}", "--data", "{text}"], "--against"),
     ],
 )  # fmt: skip
@@ -187,4 +203,4 @@ def test_mistakes_are_one_line(arguments, match, tiny_folder, text, tmp_path, ca
         code = stop.code
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2
-    assert match in error
+    assert match.format(**places) in error

@@ -322,6 +322,7 @@ def _counters(head: nn.Module) -> dict[str, Any]:
 def compiled_decoder(model: "PreTrainedModel") -> Iterator[None]:
     """Run the model's decoder through `torch.compile` for one token, as it is for a prompt."""
     decoder = model.get_decoder()
+    own = vars(decoder).get("forward")
     eager = decoder.forward
     compiled = torch.compile(eager)
 
@@ -335,6 +336,8 @@ def compiled_decoder(model: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 
 def _static_cache(model: "PreTrainedModel", length: int) -> Any:

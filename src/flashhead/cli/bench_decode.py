@@ -1,9 +1,12 @@
-"""`flashhead bench decode`: tokens per second of `generate`, dense and FlashHead interleaved."""
+"""`flashhead bench decode`: tokens per second of `generate`, dense and FlashHead interleaved; with
+`--context`, decode steps over long caches (`bench_context`).
+"""
 
 import argparse
 from typing import Any
 
-from flashhead.cli.arguments import Parser, add_head, add_model, command, existing_file, integer
+from flashhead.cli import bench_context
+from flashhead.cli.arguments import MODEL_HELP, Parser, add_head, command, existing_file, integer
 from flashhead.errors import FlashHeadError
 
 PROMPTS = (
@@ -18,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser: Parser = command(
         subparsers, "decode", run, "time generate with the dense head and with FlashHead"
     )
-    add_model(parser)
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     add_head(parser)
     parser.add_argument(
         "--prompts", type=existing_file, metavar="FILE", help="a prompt a line (default: three)"
@@ -32,15 +35,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--against",
         metavar="BASE",
-        help="also time this model with its own dense head, and an int8 head on MODEL's body",
+        help="also time this model with its own dense head, and an int8 head on MODEL's body; "
+        "with --context its full caches",
     )
     parser.add_argument(
         "--compile", action="store_true", help="static cache and torch.compile, for both heads"
     )
+    bench_context.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time and print the table."""
+    bench_context.refuse_others(args)
+    if args.context is not None:
+        return bench_context.run(args)
     prompts = _prompts(args)
     from flashhead.cli import session
 

@@ -13,7 +13,7 @@ from flashhead.cli.arguments import (
     existing_file,
     index_options,
 )
-from flashhead.cli.convert_latent import add_latent, latent_options, print_latent
+from flashhead.cli.convert_latent import add_latent, latent_options, print_latent, write_layout
 from flashhead.errors import FlashHeadError
 from flashhead.options import QUANTIZE
 
@@ -60,6 +60,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Convert and say what was written."""
+    if args.layout == "deepseek":
+        return write_layout(args)
     if args.head == "dense" and args.set:
         raise FlashHeadError("--head dense with --set: there is no index to set options of")
     options = {} if args.head == "dense" else index_options(args)

@@ -56,6 +56,13 @@ def add_latent(parser: Parser) -> None:
         choices=("cpu", "cuda"),
         help="where the model samples text and its statistics are taken (default: cpu)",
     )
+    group.add_argument(
+        "--layout",
+        choices=("flashhead", "deepseek"),
+        default="flashhead",
+        help="deepseek: write MODEL, a folder with decoupled latents, as transformers' "
+        "DeepseekV3ForCausalLM (default: flashhead)",
+    )
 
 
 def latent_options(args: argparse.Namespace) -> Any:
@@ -76,6 +83,41 @@ def latent_options(args: argparse.Namespace) -> Any:
     from flashhead.options_latent import LatentOptions
 
     return LatentOptions(**given)
+
+
+def write_layout(args: argparse.Namespace) -> dict[str, Any]:
+    """`--layout deepseek`: the folder again, as other programs know it.
+
+    Raises:
+        FlashHeadError: an argument that does not go with it, or what the layout cannot hold.
+    """
+    others = {
+        "--head": args.head,
+        "--set": args.set,
+        "--quantize": args.quantize != "none",
+        "--calibration": args.calibration,
+        "--index-only": args.index_only,
+        "--attention": args.attention == "latent",
+        **{flag: getattr(args, name) is not None for name, flag in _OWN.items()},
+    }
+    given = next((flag for flag, value in others.items() if value), None)
+    if given is not None:
+        raise FlashHeadError(
+            f"--layout deepseek with {given}: it takes a converted folder as it is"
+        )
+    if args.out is None:
+        raise FlashHeadError("--layout deepseek: wanted OUT, the folder to write")
+    from flashhead.convert.deepseek_folder import write_deepseek
+
+    report = write_deepseek(args.model, args.out)
+    print(
+        f"wrote {report['out']}: DeepseekV3ForCausalLM, kv_lora_rank {report['rank']}, head sizes "
+        f"{report['fixed']} + {report['rope']} rotary, values {report['value']}; logits differ by "
+        f"{report['logit_error']:.1e} of the largest, {report['seconds']:.0f} s"
+    )
+    if report["attention_bias"]:
+        print("it has attention biases: transformers reads them, vLLM's DeepSeek classes do not")
+    return {**report, "model": args.model}
 
 
 def print_latent(report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ else the tasks are those of `evaluate/suite`, through lm-evaluation-harness.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def add_parser(subparsers: Any) -> None:
         choices=("bf16", "fp8", "int8", "int4", "mixed"),
         help="of MODEL's latents (default: as its folder says)",
     )
+    cached.add_argument(
+        "--kv-select",
+        type=integer(18),
+        metavar="N",
+        help="MODEL's decode steps read N tokens, chosen by a scan of the keys in 2 bits "
+        "(default: all)",
+    )
 
 
 def with_name(argv: list[str], names: Any) -> list[str]:
@@ -74,8 +82,10 @@ def with_name(argv: list[str], names: Any) -> list[str]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print the table."""
     if args.data is None:
-        if args.kv_dtype is not None:
-            raise FlashHeadError("--kv-dtype without --data: wanted both")
+        for option in ("kv_dtype", "kv_select"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise FlashHeadError(f"--{name} without --data: wanted both")
         document = eval_suite.evaluate_suite(args)
     else:
         if args.tasks != ("perplexity",):
@@ -99,7 +109,9 @@ def _through_cache(args: argparse.Namespace) -> dict[str, Any]:
     from flashhead.evaluate.text import read_documents, token_windows
     from flashhead.integrations.latent_model import latent_modules, store_of
     from flashhead.integrations.transformers import load_dense, load_tokenizer
+    from flashhead.ops.latent_select.options import SelectOptions
 
+    select = None if args.kv_select is None else SelectOptions(args.kv_select)
     tokenizers = [load_tokenizer(source) for source in sources]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise FlashHeadError(f"--against {args.against}: its vocabulary is not {args.model}'s")
@@ -112,10 +124,13 @@ def _through_cache(args: argparse.Namespace) -> dict[str, Any]:
 
     def load_value() -> Any:
         model = load_dense(sources[0]).to(args.device)
+        if (args.kv_dtype or select) and not latent_modules(model):
+            name = "--kv-dtype" if args.kv_dtype else "--kv-select"
+            raise FlashHeadError(f"{name}: {args.model} has no latent attention")
         if args.kv_dtype is not None:
-            if not latent_modules(model):
-                raise FlashHeadError(f"--kv-dtype: {args.model} has no latent attention")
             model.latent_store = store_of(args.kv_dtype)
+        if select is not None:
+            model.latent_select = select
         return model
 
     document = compare(
@@ -125,6 +140,8 @@ def _through_cache(args: argparse.Namespace) -> dict[str, Any]:
         data=args.data,
         decode_share=args.decode_share,
     )
+    if select is not None:
+        document["tasks"]["perplexity"]["select"] = dataclasses.asdict(select)
     print(format_table(document, _name(args.model)))
     return document
 

@@ -8,6 +8,7 @@ position to measure: its hidden state is the same in every window.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,13 +103,38 @@ def token_windows(
     Raises:
         FlashHeadError: the text has fewer tokens than `positions`.
     """
+    return windows_of(
+        document_tokens(documents, tokenizer),
+        tokenizer.bos_token_id,
+        positions,
+        window_tokens=window_tokens,
+        seed=seed,
+    )
+
+
+def document_tokens(
+    documents: list[str], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[list[int]]:
+    """Tokens of each document, without special tokens."""
+    for document in documents:
+        yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def windows_of(
+    documents: Iterable[list[int]],
+    bos: int | None,
+    positions: int,
+    *,
+    window_tokens: int = WINDOW_TOKENS,
+    seed: int = 0,
+) -> list[Tensor]:
+    """As `token_windows`, of documents in tokens."""
     if positions < 1:
         raise FlashHeadError(f"positions={positions}: wanted 1 or more")
-    bos = tokenizer.bos_token_id
     lead = [] if bos is None else [int(bos)]
     stream: list[int] = []
     for document in documents:
-        stream += lead + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        stream += lead + document
     available = sum(token != bos for token in stream)
     if available < positions:
         raise FlashHeadError(

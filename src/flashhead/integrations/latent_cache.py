@@ -16,9 +16,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from flashhead.errors import FlashHeadError
 from flashhead.nn.latent import LatentAttention
+from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.mixed_bits import Counts
+from flashhead.nn.scan_store import ScanStore
 from flashhead.nn.token_store import StoreOptions, TokenStore
 from flashhead.ops.latent_decode.rows import Rows
+from flashhead.ops.latent_select.options import SelectOptions
 
 SLIDING = "sliding_attention"
 """As transformers' configs name a layer with a window."""
@@ -128,8 +131,12 @@ class StoredLayer(CacheLayerMixin):
         for store in self._filled():
             store.keep(start, stop)
 
-    def _filled(self) -> list[TokenStore]:
-        return [store for store in self.stores if store.parts]
+    def streams(self) -> tuple[TokenStore | ScanStore, ...]:
+        """All that is kept of tokens."""
+        return self.stores
+
+    def _filled(self) -> list[TokenStore | ScanStore]:
+        return [store for store in self.streams() if store.parts]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what the next `update` returns."""
@@ -187,7 +194,7 @@ class StoredLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row of the batch `repeats` times."""
         for store in self._filled():
-            rows = torch.arange(store.parts["first"].shape[0]).repeat_interleave(repeats)
+            rows = torch.arange(len(next(iter(store.parts.values())))).repeat_interleave(repeats)
             store.select(rows)
 
     @property
@@ -216,20 +223,23 @@ class StoredCache(Cache):
 
     def bytes_held(self) -> int:
         """Bytes of the storage of all layers."""
-        return sum(store.bytes_held() for layer in self.layers for store in layer.stores)
+        return sum(store.bytes_held() for layer in self.layers for store in layer.streams())
+
+    def _kept_as(self) -> str:
+        return str(self.options)
 
     def save(self, path: Path) -> None:
         """Write all tokens to a safetensors file."""
         tensors = {
             f"{i}.{j}.{name}": part.contiguous()
             for i, layer in enumerate(self.layers)
-            for j, store in enumerate(layer.stores)
+            for j, store in enumerate(layer.streams())
             for name, part in store.parts.items()
         }
         about = {"seen": ",".join(str(layer.seen) for layer in self.layers)}
         about["heads"] = ",".join(f"{layer.heads[0]}/{layer.heads[1]}" for layer in self.layers)
-        about["widths"] = ",".join("/".join(str(s.width) for s in r.stores) for r in self.layers)
-        about["options"] = str(self.options)
+        about["widths"] = ",".join("/".join(str(s.width) for s in r.streams()) for r in self.layers)
+        about["options"] = self._kept_as()
         partial = path.with_name(f".{path.name}.partial")
         save_file(tensors, partial, metadata=about)
         partial.replace(path)
@@ -243,9 +253,9 @@ class StoredCache(Cache):
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-                if about.get("options") != str(self.options):
+                if about.get("options") != self._kept_as():
                     raise FlashHeadError(
-                        f"cache {path}: kept as {about.get('options')}, wanted {self.options}"
+                        f"cache {path}: kept as {about.get('options')}, wanted {self._kept_as()}"
                     )
                 seen = about["seen"].split(",")
                 if len(seen) != len(self.layers):
@@ -258,7 +268,7 @@ class StoredCache(Cache):
                     widths = about["widths"].split(",")[i].split("/")
                     layer.seen, layer.heads = int(seen[i]), (int(heads[0]), int(heads[1]))
                     layer.is_initialized = layer.seen > 0
-                    for j, store in enumerate(layer.stores):
+                    for j, store in enumerate(layer.streams()):
                         prefix = f"{i}.{j}."
                         own = [name for name in names if name.startswith(prefix)]
                         if own:
@@ -277,10 +287,12 @@ class LatentCache(StoredCache):
         model: whose attention modules are `LatentAttention`.
         options: how latents are kept; None: as the model's folder says, else bf16.
         reserve: tokens that there is room for whenever memory is taken; None: 256 on a GPU, where
-            kernels read what is kept as it is, else 0.
+            kernels read what is kept as it is, and where tokens are selected, else 0.
+        select: decode steps read a selection of their tokens (`nn.latent_select`), in layers
+            without a window; None: as `model.latent_select` says, else all.
 
     Raises:
-        FlashHeadError: the model has no latent attention.
+        FlashHeadError: the model has no latent attention, or no layer to select in.
     """
 
     def __init__(
@@ -288,16 +300,32 @@ class LatentCache(StoredCache):
         model: PreTrainedModel,
         options: StoreOptions | None = None,
         reserve: int | None = None,
+        select: SelectOptions | None = None,
     ) -> None:
         modules = [m for m in model.modules() if isinstance(m, LatentAttention)]
         if not modules:
             raise FlashHeadError("the model has no latent attention: flashhead convert makes one")
         modules.sort(key=lambda module: module.layer_idx)
         chosen = options or getattr(model, "latent_store", None) or StoreOptions()
+        self.select = select or getattr(model, "latent_select", None)
         if reserve is None:
-            reserve = 256 if modules[0].key_up.is_cuda else 0
+            reserve = 256 if modules[0].key_up.is_cuda or self.select is not None else 0
         shapes = [module.shape for module in modules]
         super().__init__(chosen, [(shape.window, shape.counts) for shape in shapes], reserve)
+        if self.select is not None:
+            self._select_in(shapes, self.select, reserve)
+
+    def _select_in(self, shapes: list[LatentShape], select: SelectOptions, reserve: int) -> None:
+        from flashhead.integrations.selecting_layer import SelectingLayer
+
+        whole = [i for i, shape in enumerate(shapes) if shape.window is None]
+        if not whole:
+            raise FlashHeadError("select: every layer has a window, which is read whole")
+        for i in whole:
+            self.layers[i] = SelectingLayer(self.options, shapes[i].counts, reserve, select)
+
+    def _kept_as(self) -> str:
+        return str(self.options) if self.select is None else f"{self.options}, {self.select}"
 
     def append_rows(
         self, latent: Tensor, rotary: Tensor, layer_idx: int
@@ -319,12 +347,14 @@ class RoundedCache(StoredCache):
     Args:
         config: of the model.
         options: how keys and values are kept.
+        reserve: tokens that there is room for whenever memory is taken.
     """
 
-    def __init__(self, config: Any, options: StoreOptions) -> None:
+    def __init__(self, config: Any, options: StoreOptions, reserve: int = 0) -> None:
         text = config.get_text_config(decoder=True)
         window = getattr(text, "sliding_window", None)
         kinds = getattr(text, "layer_types", None)
         if kinds is None:
             kinds = ["full_attention" if window is None else SLIDING] * text.num_hidden_layers
-        super().__init__(options, [(window if k == SLIDING else None, None) for k in kinds])
+        windows = [window if kind == SLIDING else None for kind in kinds]
+        super().__init__(options, [(one, None) for one in windows], reserve)

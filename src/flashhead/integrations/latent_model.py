@@ -16,7 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
+from flashhead.integrations.latent_graph import serve_steps
 from flashhead.integrations.latent_roles import find_attention
+from flashhead.integrations.latent_static import StaticLatentCache
 from flashhead.nn.latent import LatentAttention
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.token_store import StoreOptions
@@ -74,6 +76,20 @@ def read_section(source: str) -> dict[str, Any] | None:
     section = config.get(SECTION) if isinstance(config, dict) else None
     if section is None:
         return None
+    check_section(section, source)
+    return section
+
+
+def check_section(section: Any, source: str) -> None:
+    """Check a folder's section.
+
+    Args:
+        section: as config.json has it.
+        source: the folder, for the message.
+
+    Raises:
+        FlashHeadError: one that this version does not understand.
+    """
     if not isinstance(section, dict) or section.get("version") != VERSION:
         version = section.get("version") if isinstance(section, dict) else section
         raise FlashHeadError(
@@ -86,7 +102,6 @@ def read_section(source: str) -> dict[str, Any] | None:
     StoreOptions(section["kv_dtype"])
     if not isinstance(section["layers"], dict):
         raise FlashHeadError(f"{source}: {SECTION}: layers: wanted names and shapes")
-    return section
 
 
 def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -106,12 +121,10 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
     if isinstance(quantization, dict) and quantization.get("quant_method") == "flashhead":
         del values["quantization_config"]
     config = CONFIG_MAPPING[section["model_type"]].from_dict(values)
-    shapes = {name: LatentShape.from_json(layer) for name, layer in section["layers"].items()}
-    cls = AutoModelForCausalLM._model_mapping[type(config)]
-    made = _latent_class(cls, shapes)
+    made = latent_class_of(config, section)
     with torch.device("meta"):
         expected = made(config)
-    _require_tensors(Path(source), expected, quantization is not None)
+    require_tensors(Path(source), expected, quantization is not None)
     model, info = made.from_pretrained(
         source,
         config=config,
@@ -123,9 +136,23 @@ def load_latent(source: str, section: dict[str, Any], dtype: torch.dtype) -> Pre
     bad = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if bad:
         raise FlashHeadError(f"{source}: {len(bad)} tensors missing or not known, such as {bad[0]}")
-    _give_angles(model)
+    give_angles(model)
     serve_latents(model, store_of(section["kv_dtype"]))
     return model
+
+
+def latent_class_of(config: Any, section: dict[str, Any]) -> Any:
+    """The model class of a folder, whose `__init__` takes `config` and puts latents in place.
+
+    Args:
+        config: of the model before it was converted.
+        section: of the folder, checked.
+
+    Raises:
+        FlashHeadError: a layer's shape that cannot be; from `__init__`: one that does not fit.
+    """
+    shapes = {name: LatentShape.from_json(layer) for name, layer in section["layers"].items()}
+    return _latent_class(AutoModelForCausalLM._model_mapping[type(config)], shapes)
 
 
 def store_of(kv_dtype: str) -> StoreOptions:
@@ -143,7 +170,10 @@ def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) ->
             )
         for name, shape in shapes.items():
             roles = found[name]
-            free = ("rank", "rotary", "components", "norm", "key_constant", "bits")
+            free = {"rank", "rotary", "components", "norm", "key_constant", "bits"}
+            if shape.rotary == "decoupled" and roles.query_norm is None:
+                # the config's head_dim says what turns, as in DeepSeek-V3; weights say the rest
+                free |= {"head_dim", "value_dim", "scale"}
             for field in LatentShape.__dataclass_fields__:
                 want, got = getattr(roles.exact, field), getattr(shape, field)
                 if field not in free and got != want:
@@ -154,7 +184,7 @@ def _latent_class(cls: type[PreTrainedModel], shapes: dict[str, LatentShape]) ->
     return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
 
 
-def _require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> None:
+def require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> None:
     """Compare the files' headers with what the model wants, before any weight is read."""
     wanted = {
         f"{name}.{own}": list(parameter.shape)
@@ -177,7 +207,7 @@ def _require_tensors(folder: Path, expected: PreTrainedModel, packed: bool) -> N
             raise FlashHeadError(f"{folder}: {name} is {found[name]}, wanted {shape}")
 
 
-def _give_angles(model: PreTrainedModel) -> None:
+def give_angles(model: PreTrainedModel) -> None:
     """Rotary angles are no weights: they come from the config, by way of the model's own module."""
     from flashhead.integrations.latent_roles import rotary_table
 
@@ -192,13 +222,20 @@ def _give_angles(model: PreTrainedModel) -> None:
 
 
 def serve_latents(model: PreTrainedModel, options: StoreOptions) -> None:
-    """`generate()` and calls without a cache of their own use a `LatentCache` from now on."""
+    """`generate()` and calls without a cache of their own use a `LatentCache` from now on, and
+    `generate(cache_implementation="static")` a `StaticLatentCache`.
+    """
     model.latent_store = options
+    serve_steps(model)
     prepare = model._prepare_cache_for_generation
 
     def prepared(generation: Any, kwargs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        plain = generation.use_cache is not False and generation.cache_implementation is None
-        if plain and kwargs.get("past_key_values") is None:
+        wanted = generation.use_cache is not False and kwargs.get("past_key_values") is None
+        if wanted and generation.cache_implementation == "static":
+            most = more["max_cache_length"] if "max_cache_length" in more else args[-1]
+            kwargs["past_key_values"] = _static_cache(model, generation, most)
+            return None
+        if wanted and generation.cache_implementation is None:
             kwargs["past_key_values"] = LatentCache(model)
             if generation.is_assistant:
                 kwargs["past_key_values"].activate_past_recording()
@@ -214,3 +251,15 @@ def serve_latents(model: PreTrainedModel, options: StoreOptions) -> None:
 
     model._prepare_cache_for_generation = prepared
     model.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def _static_cache(model: PreTrainedModel, generation: Any, most: int) -> StaticLatentCache:
+    """A cache with room for so many tokens: the last one again where it has, as with transformers'
+    own, so that its graphs are captured once.
+    """
+    most = max(most, getattr(generation, "max_cache_len", None) or 0)
+    held = getattr(model, "latent_static", None)
+    if held is None or held.tokens < most or held.options != model.latent_store:
+        model.latent_static = held = StaticLatentCache(model, most)
+    held.reset()
+    return held

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from flashhead.evaluate.text import read_documents, token_windows
+from flashhead.evaluate.text import document_tokens, read_documents, windows_of
 from flashhead.integrations.calibration import generate_text
 
 SAMPLED_TOKENS = 256
@@ -24,12 +24,10 @@ def file_windows(
         FlashHeadError: a file that cannot be read.
     """
     documents = [document for path in files for document in read_documents(path)]
-    there = sum(
-        len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        for document in documents
-    )
-    positions = max(1, min(tokens, there))
-    return token_windows(documents, tokenizer, positions, window_tokens=window_tokens, seed=seed)
+    coded = list(document_tokens(documents, tokenizer))
+    positions = max(1, min(tokens, sum(len(document) for document in coded)))
+    bos = tokenizer.bos_token_id
+    return windows_of(coded, bos, positions, window_tokens=window_tokens, seed=seed)
 
 
 @torch.inference_mode()

@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashhead.errors import FlashHeadError
-from flashhead.nn import latent_kernel
+from flashhead.nn import latent_kernel, latent_select, latent_step
+from flashhead.nn.latent_pairs import Pairs
 from flashhead.nn.latent_shape import LatentShape
 from flashhead.nn.rotary import RotaryTable, rotate
 from flashhead.nn.token_store import StoreOptions, round_through
 
 ABSORBED_QUERIES = 8
 """Up to how many queries a row the absorbed form is taken, where a cache is read."""
+MATERIALISED_BYTES = 2**30
+"""Of keys and values that exist at once, unless one row has more."""
 
 
 class TokenCache(Protocol):
@@ -83,15 +86,14 @@ class LatentAttention(nn.Module):
             self.v_proj = nn.Linear(d, shape.kv_heads * shape.value_dim)
             self.k_norm = key_norm
         self.encode = nn.Linear(shape.kv_width if shape.encoder == "keys" else d, shape.width)
-        self.latent_norm = nn.RMSNorm(shape.rank) if shape.norm else None
+        self.latent_norm = nn.RMSNorm(shape.rank, eps=1e-6) if shape.norm else None
         up = 1 / math.sqrt(shape.rank)
         self.key_up = nn.Parameter(torch.randn(shape.kv_heads * shape.fixed_dim, shape.rank) * up)
         self.value_up = nn.Parameter(torch.randn(shape.kv_heads * shape.value_dim, shape.rank) * up)
         self.value_constant = nn.Parameter(torch.zeros(shape.kv_heads * shape.value_dim))
         self.key_constant = nn.Parameter(torch.zeros(width)) if shape.key_constant else None
-        pairs = [f for f, count in enumerate(shape.components) for _ in range(count)]
-        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if pairs else None
-        self._pairs = pairs
+        self._pairs = pairs = Pairs(shape.components)
+        self.mix = nn.Parameter(torch.randn(shape.kv_heads, len(pairs), 2)) if len(pairs) else None
         self.is_causal, self.scaling, self.sliding_window = True, shape.scale, shape.window
 
     @property
@@ -124,17 +126,28 @@ class LatentAttention(nn.Module):
             `[batch, tokens, d]`, and None in the place of attention weights.
 
         Raises:
-            FlashHeadError: a cache of fixed size, or a mask of another kind.
+            FlashHeadError: a cache of fixed size that is not a StaticLatentCache, or a mask of
+                another kind.
         """
-        tokens = hidden_states.shape[1]
-        latent, rotary, start = self.compress(hidden_states), None, 0
+        step = getattr(past_key_values, "step", None)
+        if step is not None:
+            return latent_step.decode(self, hidden_states, step), None
+        tokens, start = hidden_states.shape[1], 0
         if past_key_values is not None:
             start = past_key_values.get_seq_length(self.layer_idx)
-        latent, rotary = self._turned(latent, start)
+        cos, sin = self.table.at(start, start + tokens, hidden_states)
+        latent, rotary = self.turned(self.compress(hidden_states), cos, sin)
+        layer = latent_select.layer_of(self, past_key_values)
+        if layer is not None:
+            layer.append_keys(latent_select.scan_keys(self, latent, rotary, start))
+            if tokens == 1 and start >= layer.select.tokens:
+                query = self.query(hidden_states, cos, sin)
+                mask = self._mask(attention_mask, 1, start + 1, hidden_states.device, True)
+                mixed = latent_select.attend(self, query, latent, rotary, mask, layer)
+                return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
         if latent_kernel.wanted(self, past_key_values, tokens, hidden_states.device):
-            return self._decode(
-                hidden_states, latent, rotary, attention_mask, past_key_values
-            ), None
+            query = self.query(hidden_states, cos, sin)
+            return self._decode(query, latent, rotary, attention_mask, past_key_values), None
         if past_key_values is None and self.rounding is not None:
             latent = round_through(latent, self.rounding, self.shape.counts)
             rotary = round_through(rotary, self.rounding) if rotary.shape[-1] else rotary
@@ -148,35 +161,26 @@ class LatentAttention(nn.Module):
         held, total = latent.shape[1], start + tokens
         if held > total:
             raise FlashHeadError(
-                "latent attention: wanted a LatentCache or DynamicCache, got one of fixed size"
+                "latent attention: wanted a LatentCache, StaticLatentCache or DynamicCache, "
+                "got another of fixed size"
             )
-        query = self._query(hidden_states, start)
+        query = self.query(hidden_states, cos, sin)
         absorbed = self._absorbs(past_key_values, tokens)
         mask = self._mask(attention_mask, tokens, held, hidden_states.device, absorbed)
         if absorbed:
             mixed = self._attend_absorbed(query, latent, rotary, mask, total - held)
         else:
-            keys, values = self.materialise(latent, rotary, total - held)
-            mixed = functional.scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None and tokens > 1,
-                scale=self.shape.scale,
-                enable_gqa=self.shape.heads != self.shape.kv_heads,
-            )
+            mixed = self._attend_materialised(query, latent, rotary, mask, total - held)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
 
     def _decode(
-        self, hidden_states: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, cache: Any
+        self, query: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
         """A decode step through `ops.latent_decode`."""
         start = cache.get_seq_length(self.layer_idx)
         runs = cache.append_rows(latent, rotary, self.layer_idx)
         held = sum(own.codes.shape[1] for own, _ in runs)
         mask = self._mask(mask, 1, held, latent.device, True)
-        query = self._query(hidden_states, start)
         mixed = latent_kernel.attend(self, query, runs, mask, start + 1 - held)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -189,23 +193,29 @@ class LatentAttention(nn.Module):
             keys = self.k_norm(keys.unflatten(-1, (self.shape.kv_heads, -1))).flatten(2)
         return self.encode(torch.cat((keys, self.v_proj(hidden_states)), -1))
 
-    def _turned(self, latent: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Latent `[batch, tokens, r]` and the rotary key, turned by its index."""
+    def turned(self, latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent `[batch, tokens, r]` and the rotary key, turned.
+
+        Args:
+            latent: of `compress`.
+            cos: of each token, `[tokens, pairs]`.
+            sin: likewise.
+        """
         rotary, latent = latent.split((self.shape.rotary_width, self.shape.rank), -1)
         if self.latent_norm is not None:
             latent = self.latent_norm(latent)
         if self.mix is not None:
-            cos, sin = self.table.at(start, start + latent.shape[1], latent)
-            rotary = rotate(rotary, cos[:, self._pairs], sin[:, self._pairs])
+            pairs = self._pairs.index(latent.device)
+            cos, sin = (x.to(latent.dtype).index_select(1, pairs) for x in (cos, sin))
+            rotary = rotate(rotary, cos, sin)
         return latent, rotary
 
-    def _query(self, hidden_states: Tensor, start: int) -> Tensor:
+    def query(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turned queries: `[batch, heads, tokens, head_dim]`."""
         query = self.q_proj(hidden_states).unflatten(-1, (self.shape.heads, -1))
         if self.q_norm is not None:
             query = self.q_norm(query)
-        cos, sin = self.table.at(start, start + query.shape[1], query)
-        return rotate(query.transpose(1, 2), cos, sin)
+        return rotate(query.transpose(1, 2), cos.to(query.dtype), sin.to(query.dtype))
 
     def materialise(self, latent: Tensor, rotary: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all KV heads.
@@ -226,7 +236,8 @@ class LatentAttention(nn.Module):
             keys = self._per_head(functional.linear(latent, self.key_up, self.key_constant))
             return rotate(keys, *self.table.at(start, start + latent.shape[1], keys))
         fixed = self._per_head(functional.linear(latent, self.key_up))
-        turning = rotary.unsqueeze(1) @ self.mixes()
+        # one product for all heads: a product a head would copy the rotary key for each
+        turning = self._per_head(rotary @ self.mixes().transpose(0, 1).flatten(1))
         keys = torch.cat((turning, fixed), -1)
         return keys if self.key_constant is None else keys + self._constants(keys, start)
 
@@ -242,10 +253,43 @@ class LatentAttention(nn.Module):
         heads, pairs = self.shape.kv_heads, self.shape.rotary_dim // 2
         if self.mix is None:
             return self.key_up.new_zeros(heads, 0, 2 * pairs)
-        place = torch.zeros(len(self._pairs), pairs, dtype=self.mix.dtype, device=self.mix.device)
-        place[range(len(self._pairs)), self._pairs] = 1
+        place = self._pairs.place(self.mix)
         real, imaginary = (self.mix[..., i, None] * place for i in range(2))
         return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), 1)
+
+    def _attend_materialised(
+        self, query: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, start: int
+    ) -> Tensor:
+        """Through torch's attention, so many rows at once as `MATERIALISED_BYTES` hold:
+        `[batch, heads, tokens, value_dim]`.
+        """
+        shape, tokens = self.shape, query.shape[2]
+        share = shape.heads // shape.kv_heads
+        # with a mask, torch's kernels that need no matrix of scores take no groups
+        repeated = share > 1 and mask is not None and query.is_cuda
+        row_bytes = latent.shape[1] * shape.kv_width * latent.element_size()
+        rows = max(1, MATERIALISED_BYTES // (row_bytes * (share if repeated else 1)))
+        # fused kernels want keys and values of one width: zeros change nothing
+        wider = max(0, shape.head_dim - shape.value_dim)
+        parts = []
+        for i in range(0, len(latent), rows):
+            own = slice(i, i + rows)
+            keys, values = self.materialise(latent[own], rotary[own], start)
+            if wider:
+                values = functional.pad(values, (0, wider))
+            if repeated:
+                keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
+            found = functional.scaled_dot_product_attention(
+                query[own],
+                keys,
+                values,
+                attn_mask=mask if mask is None or len(mask) == 1 else mask[own],
+                is_causal=mask is None and tokens > 1,
+                scale=shape.scale,
+                enable_gqa=share > 1 and not repeated,
+            )
+            parts.append(found[..., : shape.value_dim])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_absorbed(
         self, query: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, start: int

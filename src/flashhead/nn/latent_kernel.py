@@ -107,7 +107,7 @@ def attend(
     """
     shape = module.shape
     held = sum(latent.codes.shape[1] for latent, _ in runs)
-    bias = None if mask is None else _bias(mask[:, 0, :, mask.shape[-1] - held :])
+    bias = None if mask is None else bias_of(mask[:, 0, :, mask.shape[-1] - held :])
     query = query.squeeze(2)
     up = None
     if shape.rotary == "rebuilt":
@@ -115,7 +115,8 @@ def attend(
         up = KeyUp(module.key_up, shape.kv_heads, cos, sin, module.key_constant)
     else:
         if module.key_constant is not None:
-            added = constant_scores(module, query, start, held)
+            angles = module.table.at(start, start + held, query.float())
+            added = constant_scores(module, query, *angles)
             bias = added if bias is None else bias + added
         query = absorbed_query(module, query)
     parts, done = [], 0
@@ -133,10 +134,15 @@ def attend(
             )
         parts.append(found)
         done += tokens
-    mixed = merge(parts).unflatten(1, (shape.kv_heads, -1))
-    value_up = module.value_up.unflatten(0, (shape.kv_heads, -1))
-    values = mixed @ value_up.mT + module.value_constant.unflatten(0, (shape.kv_heads, 1, -1))
-    return values.flatten(1, 2).unsqueeze(2)
+    return values_of(module, merge(parts)).unsqueeze(2)
+
+
+def values_of(module: "LatentAttention", mixed: Tensor) -> Tensor:
+    """Each head's value `[batch, heads, value_dim]` of its mean latent `[batch, heads, r]`."""
+    kv_heads = module.shape.kv_heads
+    value_up = module.value_up.unflatten(0, (kv_heads, -1))
+    constant = module.value_constant.unflatten(0, (kv_heads, 1, -1))
+    return (mixed.unflatten(1, (kv_heads, -1)) @ value_up.mT + constant).flatten(1, 2)
 
 
 def absorbed_query(module: "LatentAttention", query: Tensor) -> Tensor:
@@ -150,8 +156,14 @@ def absorbed_query(module: "LatentAttention", query: Tensor) -> Tensor:
     return torch.cat(parts, -1).flatten(1, 2)
 
 
-def constant_scores(module: "LatentAttention", query: Tensor, start: int, held: int) -> Tensor:
-    """What the constant key adds to scores: float32 `[batch, heads, held]`.
+def constant_scores(module: "LatentAttention", query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the constant key adds to scores: float32 `[batch, heads, cached]`.
+
+    Args:
+        module: whose constant is taken.
+        query: turned, `[batch, heads, head_dim]`.
+        cos: float32 `[cached, pairs]`.
+        sin: likewise.
 
     q . turn(k, t) = a cos t + b sin t + c: a product of a few numbers a head with the angles, and
     no turned key exists.
@@ -160,7 +172,6 @@ def constant_scores(module: "LatentAttention", query: Tensor, start: int, held: 
     assert module.key_constant is not None
     constant = module.key_constant.float().unflatten(0, (shape.kv_heads, 1, -1))
     grouped = query.float().unflatten(1, (shape.kv_heads, -1))
-    cos, sin = module.table.at(start, start + held, grouped)
     pairs = cos.shape[1]
     sizes = (pairs, pairs, shape.head_dim - 2 * pairs)
     (q_re, q_im, q_rest), (k_re, k_im, k_rest) = (x.split(sizes, -1) for x in (grouped, constant))
@@ -181,7 +192,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     return (weights[..., None] * outs.float()).sum(0).to(outs.dtype)
 
 
-def _bias(mask: Tensor) -> Tensor:
+def bias_of(mask: Tensor) -> Tensor:
+    """What a mask, bool (True: seen) or additive, adds to scores."""
     if mask.dtype != torch.bool:
         return mask.float()
     zeros = torch.zeros(mask.shape, device=mask.device)

@@ -153,6 +153,28 @@ class TokenStore:
         parts = [part for part in parts if part.shape[1]] or parts[:1]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def take(self, index: Tensor) -> Tensor:
+        """Some tokens of each row: `[batch, n, width]` in the dtype that came in; only they are
+        decoded.
+
+        Args:
+            index: int64 `[batch, n]`, of tokens that are there.
+        """
+        kind, dtype, at, found = self.options.kind, self.parts["first"].dtype, 0, None
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        for names in (("first",), ("codes", "scale"), ("last",)):
+            length = self.parts[names[0]].shape[1]
+            if not length:
+                continue
+            own = (index - at).clamp(0, length - 1)
+            vectors, *scale = (self.parts[name][rows, own] for name in names)
+            if scale:
+                vectors = decode(vectors, scale[0], self.width, kind, dtype, self.counts)
+            found = vectors if found is None else torch.where(index[..., None] < at, found, vectors)
+            at += length
+        assert found is not None, "a store without tokens"
+        return found
+
     def rows(self) -> list[Rows]:
         """All tokens as they are kept: one run of `[batch, tokens, ...]` after the other."""
         kind, parts = self.options.kind, self.parts

@@ -9,7 +9,9 @@ WORKER = "flashhead.integrations.vllm.worker.FlashHeadWorker"
 
 
 def register() -> None:
-    """Make `--quantization flashhead` and `quant_method: flashhead` known to vLLM."""
+    """Make `--quantization flashhead`, `quant_method: flashhead` and folders with latent attention
+    known to vLLM.
+    """
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         register_quantization_config,
@@ -19,6 +21,9 @@ def register() -> None:
         from flashhead.integrations.vllm.config import FlashHeadConfig
 
         register_quantization_config(METHOD)(FlashHeadConfig)
+    from flashhead.integrations.vllm.latent_config import register_latent
+
+    register_latent()
 
 
 def is_enabled() -> bool:

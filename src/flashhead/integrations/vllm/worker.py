@@ -1,6 +1,7 @@
 """`--worker-extension-cls flashhead.integrations.vllm.worker.FlashHeadWorker`: what was searched.
 
-`llm.collective_rpc("flashhead_statistics")` then returns the counters of each worker's heads.
+`llm.collective_rpc("flashhead_statistics")` then returns the counters of each worker's heads, and
+`"flashhead_cache_bytes"` what a token takes in each layer's cache.
 """
 
 from typing import Any
@@ -27,3 +28,14 @@ class FlashHeadWorker:
                 if isinstance(method, FlashHeadMethod) and method.serves:
                     methods[id(method)] = method
         return [method.statistics() for method in methods.values()]
+
+    def flashhead_cache_bytes(self) -> dict[str, float]:
+        """Bytes a token of each layer's cache tensor, as it was allocated, by the layer's name."""
+        found = {}
+        context = self.model_runner.compilation_config.static_forward_context
+        for group in self.model_runner.kv_cache_config.kv_cache_groups:
+            for name in group.layer_names:
+                cache = context[name].kv_cache
+                tokens = cache.shape[0] * group.kv_cache_spec.block_size
+                found[name] = cache.numel() * cache.element_size() / tokens
+        return found

@@ -1,0 +1,1 @@
+"""Parts of `train_twins.py`: corpus, tasks, models, training, step times, judgement."""

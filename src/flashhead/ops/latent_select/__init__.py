@@ -1,0 +1,1 @@
+"""Which cached tokens are worth reading, by a scan of keys in few bits."""
