@@ -12,6 +12,7 @@ import argparse
 import difflib
 import functools
 import sys
+import traceback
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """
     found = [own for own in rows if all(own[name] == value for name, value in wanted.items())]
     if len(found) != 1:
-        raise FlashHeadError(f"README: {len(found)} rows with {wanted}, wanted one")
+        raise FlashHeadError(f"{len(found)} rows with {wanted}, wanted one")
     return found[0]
 
 
@@ -88,7 +89,7 @@ def claim(holds: bool) -> str:
         FlashHeadError: it does not hold: the words have to change.
     """
     if not holds:
-        raise FlashHeadError("README: words no longer hold")
+        raise FlashHeadError("words no longer hold")
     return ""
 
 
@@ -106,7 +107,7 @@ def gpu(document: dict[str, Any]) -> str:
     """`an H100`."""
     name = document["hardware"]["gpu"]
     if name is None:
-        raise FlashHeadError("README: a document of a GPU names none")
+        raise FlashHeadError("a document of a GPU names none")
     words = [word for word in name.split() if word not in ("NVIDIA", "GeForce", "Tesla")]
     return f"{'an' if words[0][0] in 'AEFHILMNORSX8' else 'a'} {words[0]}"
 
@@ -137,8 +138,20 @@ def render(documents: Documents, folder: Path = ROOT) -> str:
     """
     try:
         return environment(folder).get_template(TEMPLATE).render(doc=documents)
+    except FlashHeadError as error:
+        raise FlashHeadError(f"{where(error)}: {error}") from error
     except (TemplateError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise FlashHeadError(f"{TEMPLATE}: {type(error).__name__}: {error}") from error
+        raise FlashHeadError(f"{where(error)}: {type(error).__name__}: {error}") from error
+
+
+def where(error: Exception) -> str:
+    """The template and its line that an error comes from."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.endswith(TEMPLATE)
+    ]
+    return f"{TEMPLATE}:{lines[-1]}" if lines else TEMPLATE
 
 
 def figures(documents: Documents) -> list[str]:

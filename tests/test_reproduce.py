@@ -170,6 +170,16 @@ def test_what_cannot_run_here_is_left_out_with_its_reason(place, capsys, monkeyp
     assert (place / "work" / model[0]).resolve() == place / "model"
 
 
+def test_report_and_readme_wait_for_what_they_show(place, capsys):
+    """Catches a README of half the documents, written over the whole one's place."""
+    (place / "results").mkdir()
+    assert run(place, [fake(place, "a"), *reproduce_plan.closing(place / "results")]) == (0, ["a"])
+    err = capsys.readouterr().err
+    assert "left out (no document that it shows is there): report" in err
+    assert "of its documents are not there" in err
+    assert not (place / "results" / "README.md").exists()
+
+
 def test_list_and_dry_run_write_nothing(place, capsys):
     """Catches a look that runs something."""
     steps = [fake(place, "a"), fake(place, "b")]
