@@ -67,7 +67,7 @@ def main() -> int:
         print({k: v for k, v in row.items() if not k.endswith("_text")})
     if args.json:
         own = provenance()
-        own["argv"] = [Path(a).name if Path(a).exists() else a for a in own["argv"]]
+        own["argv"] = [Path(a).name if "/" in a else a for a in own["argv"]]
         args.json.write_text(json.dumps(document | own, indent=1) + "\n")
     return 0 if document["worst_gap_steps"] <= args.steps else 1
 

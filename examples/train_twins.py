@@ -1,9 +1,9 @@
 """Train a 32-head model and its latent twin from scratch on the same text, and compare them.
 
-    python examples/train_twins.py train OUT --tokens 100000000 --device cuda --json train.json
+    python examples/train_twins.py train OUT --tokens 80000000 --device cuda --json train.json
     python examples/train_twins.py times OUT --contexts 2048,8192,16384 --device cuda
     flashhead convert OUT/mha OUT/mha-8x --attention latent --kv-ratio 8 --head dense
-    flashhead heal OUT/mha-8x --teacher OUT/mha --tokens 10000000 --data OUT/heal.jsonl
+    flashhead heal OUT/mha-8x --teacher OUT/mha --tokens 8000000 --data OUT/heal.jsonl
     python examples/train_twins.py judge OUT OUT/mha OUT/latent OUT/mha-8x --device cuda
 
 The text is what is installed on the machine (Python sources, documentation) with synthetic tasks
@@ -63,7 +63,7 @@ def _add_train(subparsers: Any) -> None:
     own = command(subparsers, "train", run_train, "train both, write OUT/mha and OUT/latent")
     share = real("from 0 to 1", lambda value: 0 < value < 1)
     own.add_argument("out", type=Path, metavar="OUT", help="folder, made if it is not there")
-    own.add_argument("--tokens", type=integer(16), default=100_000_000, help="of each twin")
+    own.add_argument("--tokens", type=integer(16), default=80_000_000, help="of each twin")
     own.add_argument(
         "--corpus", default="", help="folders with commas (default: what is installed)"
     )
@@ -72,14 +72,14 @@ def _add_train(subparsers: Any) -> None:
     own.add_argument("--tokenizer", default="", help="folder of a tokenizer to take instead")
     own.add_argument("--task-share", type=share, default=0.08, help="of the tokens")
     own.add_argument("--heal-tokens", type=integer(16), help="in heal.jsonl (default: a tenth)")
-    for name, value in (("layers", 8), ("hidden", 512), ("heads", 32), ("head-dim", 32)):
+    for name, value in (("layers", 6), ("hidden", 1024), ("heads", 32), ("head-dim", 32)):
         own.add_argument(f"--{name}", type=integer(1), default=value)
-    own.add_argument("--intermediate", type=integer(1), default=1408)
+    own.add_argument("--intermediate", type=integer(1), default=2048)
     own.add_argument("--context", type=integer(16), default=1024)
     own.add_argument("--batch-tokens", type=integer(16), default=65536, help="of one step")
     own.add_argument("--micro-tokens", type=integer(16), default=32768, help="of one pass")
     own.add_argument("--held-tokens", type=integer(16), default=262_144, help="of the curves")
-    own.add_argument("--rate", type=share, default=1.5e-3, help="largest learning rate")
+    own.add_argument("--rate", type=share, default=1e-3, help="largest learning rate")
     own.add_argument("--seed", type=integer(0), default=0)
     own.add_argument("--only", choices=("mha", "latent"), help="train this one alone")
     own.add_argument("--minutes", type=real("above 0", lambda value: value > 0))

@@ -66,12 +66,14 @@ def test_the_document(pair):
     ]  # fmt: skip
     for point in document["points"]:
         assert list(point["lines"]) == [
-            "full", "full fp8", "latent bf16", "latent bf16 static", "latent int8",
+            "full", "full fp8", "full products", "latent bf16", "latent bf16 static", "latent int8",
             "latent int8 static",
         ]  # fmt: skip
         assert not point["skipped"]
         assert {row["equal_tokens"] for row in point["verified"].values()} == {1.0}
-        assert list(point["verified"]) == ["latent bf16 static", "latent int8 static"]
+        assert list(point["verified"]) == [
+            "full products", "latent bf16 static", "latent int8 static",
+        ]  # fmt: skip
         assert point["lines"]["full"]["ratio"] == 1
         latents = sum(m.shape.width for m in latent_modules(model).values())
         room = -(-(point["context"] + 5) // 64) * 64
@@ -90,6 +92,23 @@ def test_a_wrong_line_fails_the_run(pair, monkeypatch):
     monkeypatch.setattr(context_lines.StaticLatentCache, "end_step", lambda _: None)
     with pytest.raises(RuntimeError, match="static: logits are off"):
         context.bench_context(model, {}, ids(1, 21)[0], contexts=(20,), batches=(1,), rounds=1)
+
+
+@torch.no_grad()
+def test_products_are_what_is_timed(pair, monkeypatch):
+    """A line of plain products that runs torch's attention, or leaves the model with products."""
+    _, base = pair
+    calls, products = [], context_lines._attend_products
+    monkeypatch.setattr(
+        context_lines, "_attend_products", lambda *a, **k: calls.append(1) or products(*a, **k)
+    )
+    tokens = ids(1, 13)
+    text = context_lines.read_text(base, tokens[:, :12], latent=False)
+    line = context_lines.full_lines("full", base, text, 1, 20)["full products"]()
+    line.step(tokens[:, 12:])
+    assert len(calls) == 2
+    base(tokens, use_cache=False)
+    assert len(calls) == 2
 
 
 @torch.no_grad()

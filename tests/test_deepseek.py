@@ -9,9 +9,9 @@ from torch import nn
 from transformers import DeepseekV3ForCausalLM
 
 from flashhead.cli import main
-from flashhead.convert.deepseek import to_deepseek
 from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.deepseek import to_deepseek
 from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import (
     install,

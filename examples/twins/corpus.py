@@ -54,7 +54,7 @@ class CorpusOptions:
     vocab_size: int = 8192
     tokenizer: str = ""
     task_share: float = 0.08
-    heal_tokens: int = 10_000_000
+    heal_tokens: int = 8_000_000
     seed: int = 0
 
 

@@ -7,7 +7,8 @@ rank r and one rotary key for all heads (DeepSeek-V2, arXiv 2405.04434):
 
 A head's query and key have head_dim + rope coordinates, of which rope turn; its value has head_dim.
 
-Widths, depth, MLP, initial spread of weights and everything that is trained on are the same.
+Parameters that attention saves go to the twin's MLP, so that both have as many. Depth and all that
+is trained on are the same.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ TWINS = ("mha", "latent")
 SMALLER = 8
 """The twin's cache is so many times smaller."""
 SPREAD = 0.02
-"""Standard deviation of first weights, as transformers' Llama has it."""
+"""Standard deviation of first embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TwinSizes:
         hidden: of the residual stream.
         heads: of attention.
         head_dim: coordinates of a head's key and value.
-        intermediate: of the MLP.
+        intermediate: of MHA's MLP.
         context: longest text.
 
     Raises:
@@ -51,11 +52,11 @@ class TwinSizes:
     """
 
     vocab_size: int = 8192
-    layers: int = 8
-    hidden: int = 512
+    layers: int = 6
+    hidden: int = 1024
     heads: int = 32
     head_dim: int = 32
-    intermediate: int = 1408
+    intermediate: int = 2048
     context: int = 1024
 
     def __post_init__(self) -> None:
@@ -88,6 +89,14 @@ class TwinSizes:
             key_constant=False,
         )
 
+    @property
+    def latent_intermediate(self) -> int:
+        """Of the twin's MLP: wider by what attention saves, in steps of 32."""
+        with torch.device("meta"):
+            own = sum(p.numel() for p in LatentAttention(self.latent_shape, None).parameters())
+        saved = 4 * self.hidden * self.heads * self.head_dim - own
+        return self.intermediate + max(0, saved // (3 * self.hidden)) // 32 * 32
+
 
 def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> PreTrainedModel:
     """A new model in float32: "mha" or "latent"."""
@@ -95,7 +104,7 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
     config = LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
+        intermediate_size=sizes.latent_intermediate if kind == "latent" else sizes.intermediate,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
@@ -105,7 +114,6 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
-        initializer_range=SPREAD,
         attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
@@ -114,23 +122,30 @@ def make_twin(kind: str, sizes: TwinSizes, seed: int, tokenizer: Any = None) -> 
         table = rotary_table(model, None)
         for roles in find_attention(model):
             attention = LatentAttention(sizes.latent_shape, table, roles.module.layer_idx)
-            first_weights(attention)
+            nn.init.zeros_(attention.encode.bias)
             install(model, roles.name, attention)
+    first_weights(model)
     return model
 
 
-def first_weights(attention: LatentAttention) -> None:
-    """All matrices normal, biases 0; every head reads the rotary key as it is."""
+def first_weights(model: PreTrainedModel) -> None:
+    """Matrices normal with 1 / sqrt(inputs), so that what they give begins with unit variance.
+
+    Projections into the residual stream begin smaller by sqrt(2 layers), embeddings with `SPREAD`,
+    biases are 0; every head reads the rotary key as it is. One rule for both: a first comparison
+    with 0.02 everywhere was decided by the spread of first keys and values (docs/log.md).
+    """
+    residual = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
-        for module in attention.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=SPREAD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(attention.key_up, std=SPREAD)
-        nn.init.normal_(attention.value_up, std=SPREAD)
-        if attention.mix is not None:
-            attention.mix.zero_()[..., 0] = 1
+        for name, p in model.named_parameters():
+            own = name.rpartition(".self_attn.")[2]
+            if p is model.get_input_embeddings().weight:
+                nn.init.normal_(p, std=SPREAD)
+            elif own == "mix":
+                p.zero_()[..., 0] = 1
+            elif p.dim() == 2:
+                scale = residual if own.startswith("o_proj") or "down_proj" in own else 1.0
+                nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)
 
 
 def cache_numbers(kind: str, sizes: TwinSizes) -> int:

@@ -58,7 +58,7 @@ class TrainOptions:
     context: int = 1024
     batch_tokens: int = 65536
     micro_tokens: int = 32768
-    rate: float = 1.5e-3
+    rate: float = 1e-3
     held_tokens: int = 262_144
     compiled: bool = True
     seed: int = 0

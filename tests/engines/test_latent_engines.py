@@ -16,9 +16,9 @@ from compare import inherited, require_equal, require_searched
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from latent_models import ids, tiny, windows
 
-from flashhead.convert.deepseek import to_deepseek
 from flashhead.convert.latent import make_latent
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.deepseek import to_deepseek
 from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import (
     install,

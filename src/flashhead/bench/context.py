@@ -140,9 +140,8 @@ def _references(
         line = stored_line("", model, cache, latents, 1)
         found[f"latent {options.kind} static"] = _greedy(line, token)
     for name, base in bases.items():
-        if base.device.type == "cuda":
-            line = full_lines(name, base, _cut(texts[name], context), 1, 0)[name]()
-            found[f"{name} graph"] = _greedy(line, token)
+        line = full_lines(name, base, _cut(texts[name], context), 1, 0)[name]()
+        found[f"{name} graph"] = found[f"{name} products"] = _greedy(line, token)
     return found
 
 

@@ -25,6 +25,8 @@ CHUNK = 512
 """Tokens of the text at a time."""
 RESERVE = 256
 """Tokens that a full cache has room for beyond its context, so that a step copies nothing."""
+PRODUCTS = "flashhead_products"
+"""As transformers knows `_attend_products`."""
 Contents = list[tuple[Tensor, Tensor]]
 """Of each layer, one row's two streams `[1, heads, context, width]`."""
 
@@ -75,7 +77,8 @@ def _contents(layer: StoredLayer) -> tuple[Tensor, Tensor]:
 def full_lines(
     name: str, model: "PreTrainedModel", contents: Contents, batch: int, room: int
 ) -> dict[str, Callable[[], Line]]:
-    """Lines of a model with keys and values: `name`, in fp8, and on a GPU as a graph.
+    """Lines of a model with keys and values: `name`, in fp8, on a GPU as a graph, on a CPU by plain
+    products.
 
     Args:
         name: of the first line.
@@ -89,6 +92,8 @@ def full_lines(
         return lambda: stored_line(line, model, _full(model, kind), contents, batch)
 
     made = {name: eager(name, "bf16"), f"{name} fp8": eager(f"{name} fp8", "fp8")}
+    if model.device.type == "cpu":
+        made[f"{name} products"] = lambda: products_line(f"{name} products", model, contents, batch)
     if model.device.type == "cuda":
         made[f"{name} graph"] = lambda: static_line(f"{name} graph", model, contents, batch, room)
     return made
@@ -139,6 +144,41 @@ def stored_line(
             layer.crop(-tokens)
 
     return Line(name, step, rewind, cache.bytes_held())
+
+
+def products_line(name: str, model: "PreTrainedModel", contents: Contents, batch: int) -> Line:
+    """As `stored_line`, with attention as two products a KV head: torch's own is slower on CPUs."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PRODUCTS, _attend_products)
+    line = stored_line(name, model, _full(model, "bf16"), contents, batch)
+
+    def step(tokens: Tensor) -> Tensor:
+        config = model.config.get_text_config(decoder=True)
+        own, config._attn_implementation = config._attn_implementation, PRODUCTS
+        try:
+            return line.step(tokens)
+        finally:
+            config._attn_implementation = own
+
+    return dataclasses.replace(line, step=step)
+
+
+def _attend_products(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001  of one token a row, over what its cache returns
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One query a row over keys and values `[batch, kv_heads, cached, head_dim]`."""
+    assert query.shape[2] == 1
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [batch, kv_heads, share, dim]
+    scores = (grouped @ key.mT).float() * (scaling or module.scaling)
+    mixed = scores.softmax(-1).to(value.dtype) @ value
+    return mixed.flatten(1, 2).unsqueeze(1), None
 
 
 def static_line(

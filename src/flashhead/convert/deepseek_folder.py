@@ -24,12 +24,12 @@ def write_deepseek(source: str | Path, out: str | Path, *, progress: bool = True
         progress: say on stderr what is taken up.
 
     Returns:
-        `out`, `seconds`, and what `convert.deepseek.to_deepseek` reports.
+        `out`, `seconds`, and what `integrations.deepseek.to_deepseek` reports.
 
     Raises:
         FlashHeadError: no such folder, what the layout cannot hold, or `out` cannot be written.
     """
-    from flashhead.convert.deepseek import to_deepseek
+    from flashhead.integrations.deepseek import to_deepseek
     from flashhead.integrations.latent_model import read_section
     from flashhead.integrations.transformers import load_dense, load_tokenizer
 

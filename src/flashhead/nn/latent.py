@@ -203,7 +203,8 @@ class LatentAttention(nn.Module):
         """
         rotary, latent = latent.split((self.shape.rotary_width, self.shape.rank), -1)
         if self.latent_norm is not None:
-            latent = self.latent_norm(latent)
+            # under autocast its weight stays float32, and the fused norm wants one dtype
+            latent = self.latent_norm(latent.to(self.latent_norm.weight.dtype))
         if self.mix is not None:
             pairs = self._pairs.index(latent.device)
             cos, sin = (x.to(latent.dtype).index_select(1, pairs) for x in (cos, sin))

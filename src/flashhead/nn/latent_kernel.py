@@ -134,15 +134,16 @@ def attend(
             )
         parts.append(found)
         done += tokens
-    return values_of(module, merge(parts)).unsqueeze(2)
+    return values_of(module, merge(parts))
 
 
 def values_of(module: "LatentAttention", mixed: Tensor) -> Tensor:
-    """Each head's value `[batch, heads, value_dim]` of its mean latent `[batch, heads, r]`."""
-    kv_heads = module.shape.kv_heads
-    value_up = module.value_up.unflatten(0, (kv_heads, -1))
-    constant = module.value_constant.unflatten(0, (kv_heads, 1, -1))
-    return (mixed.unflatten(1, (kv_heads, -1)) @ value_up.mT + constant).flatten(1, 2)
+    """Values of mixed latents `[batch, heads, r]`: `[batch, heads, 1, value_dim]`."""
+    shape = module.shape
+    mixed = mixed.unflatten(1, (shape.kv_heads, -1))
+    value_up = module.value_up.unflatten(0, (shape.kv_heads, -1))
+    values = mixed @ value_up.mT + module.value_constant.unflatten(0, (shape.kv_heads, 1, -1))
+    return values.flatten(1, 2).unsqueeze(2)
 
 
 def absorbed_query(module: "LatentAttention", query: Tensor) -> Tensor:

@@ -141,10 +141,8 @@ def _decode(
         mixed, _ = latent_decode_rebuilt(query.contiguous(), held, up, lengths, **seen)
     else:
         if module.key_constant is not None:
-            room = blocks * cache.shape[1]
-            seen["bias"] = latent_kernel.constant_scores(
-                module, query, *module.table.at(0, room, query.float())
-            )
+            room = module.table.at(0, blocks * cache.shape[1], angles[0])
+            seen["bias"] = latent_kernel.constant_scores(module, query, *room)
         mixed, _ = latent_decode(
             latent_kernel.absorbed_query(module, query),
             held,
@@ -152,7 +150,7 @@ def _decode(
             rotary=Rows(rotary, shape.rotary_width) if shape.rotary_width else None,
             **seen,
         )
-    return latent_kernel.values_of(module, mixed)
+    return latent_kernel.values_of(module, mixed).squeeze(2)
 
 
 def _prefill(

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils import torch_utils
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+)
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from flashhead.nn.latent import LatentAttention
@@ -76,8 +80,15 @@ class LatentBackend(AttentionBackend):
         return (num_blocks, block_size, head_size)
 
 
-class LatentImplementation:
-    """What vLLM's attention operator calls; the layer has the weights."""
+class LatentImplementation(AttentionImpl):
+    """What vLLM's attention operator calls; the layer has the weights.
+
+    Args:
+        shape: of the layer.
+    """
+
+    def __init__(self, shape: LatentShape) -> None:
+        self.num_heads, self.head_size, self.scale = shape.heads, shape.head_dim, shape.scale
 
     def forward(
         self,
@@ -137,7 +148,7 @@ class ServedLatentAttention(LatentAttention, AttentionLayerBase):
     ) -> None:
         super().__init__(shape, table, layer_idx, query_norm=query_norm, key_norm=key_norm)
         self.layer_name, self.kept_dtype = layer_name, engine.model_config.dtype
-        self.impl = LatentImplementation()
+        self.impl = LatentImplementation(shape)
         self.kv_cache = torch.tensor([])
         engine.compilation_config.static_forward_context[layer_name] = self
 

@@ -36,6 +36,7 @@ class FlashHeadWorker:
         for group in self.model_runner.kv_cache_config.kv_cache_groups:
             for name in group.layer_names:
                 cache = context[name].kv_cache
+                cache = cache[0] if isinstance(cache, list) else cache  # older versions of vLLM
                 tokens = cache.shape[0] * group.kv_cache_spec.block_size
                 found[name] = cache.numel() * cache.element_size() / tokens
         return found
