@@ -141,3 +141,8 @@ def served() -> Iterator[Step]:
         made = (f"convert-flash-{model}",)
         name = f"vllm-features-{kind}{model}"
         yield step(name, command, needs=("vllm",), minutes=7, after=made)
+    made = ("convert-latent-2x-qwen2.5-coder-0.5b",)
+    command = f"vllm_latent.py latent-2x-qwen2.5-coder-0.5b --text {TEXT} --context 8192"
+    command += " --tokens 64 --prompts 2 --dtype bfloat16 --against qwen2.5-coder-0.5b --json {out}"
+    name = "vllm-latent-8k-bf16-qwen2.5-coder-0.5b"
+    yield step(name, command, needs=("vllm",), minutes=15, after=made)
