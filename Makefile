@@ -2,6 +2,8 @@
 # make test    set up .venv, then lint, type-check and test (TESTARGS="-m 'not model' -x")
 # make test-vllm   set up .venv-vllm (vLLM's CPU build, 3 GB), then test the plugin in real engines
 # make lint    ruff and mypy only
+# make readme  write README.md from README.md.j2 and benchmarks/results (CI checks that it is up to date)
+# make reproduce   run the evaluation behind every figure of README (ARGS="--list", "--only NAME", "--dry-run")
 # make setup   set up .venv only
 # make clean   remove .venv and what the tools left behind (cached models stay)
 
@@ -22,7 +24,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-deps
 INSTALL := $(BIN)/python $(PIP_INSTALL)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint setup clean
+.PHONY: help demo test test-vllm lint readme reproduce setup clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +44,12 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+readme: $(STAMP)
+	@$(BIN)/python benchmarks/readme.py
+
+reproduce: $(STAMP)
+	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 setup: $(STAMP)
 
