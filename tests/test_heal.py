@@ -76,6 +76,22 @@ def test_it_learns_and_keeps_the_head(out, teacher, text):
     load_dense(str(out))
 
 
+def test_a_worse_model_is_not_written(out, teacher, text, capsys):
+    """A rate that is far too high."""
+    before = (out / "model.safetensors").read_bytes()
+    arguments = ["heal", str(out), "--teacher", str(teacher), "--data", str(text), "--json"]
+    arguments += ["--tokens", "4096", "--batch-tokens", "256", "--row-tokens", "64"]
+    assert main([*arguments, "--stage", "b", "--rate-b", "0.3"]) == 1
+    output = capsys.readouterr()
+    report = json.loads(output.out.splitlines()[-1])
+    assert report["finished"]
+    assert not report["written"]
+    assert report["held_out"]["after"]["kl"] > report["held_out"]["before"]["kl"]
+    assert "stays as it was; lower --rate-a or --rate-b" in output.err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert not (out / ".heal").exists()
+
+
 def interrupted(monkeypatch, after):
     """KeyboardInterrupt in the given training step of the process."""
     real, calls = Healing._step, []

@@ -360,12 +360,13 @@ def test_on_a_gpu(options, model, monkeypatch):
     """A graph that differs from the eager form in bfloat16, that is captured at every step, or
     that keeps what the step of its capture saw.
     """
+    truth = logits(model, LatentCache(model, options), *padded(30, 5))
     on_gpu = model.to("cuda", torch.bfloat16)
     try:
         tokens, mask = (x.cuda() for x in padded(30, 5))
         for module in latent_modules(on_gpu).values():
             module.mode = "absorbed"
-        exact = logits(on_gpu, LatentCache(on_gpu, options), tokens, mask)
+        eager = logits(on_gpu, LatentCache(on_gpu, options), tokens, mask).float().cpu()
         for module in latent_modules(on_gpu).values():
             module.mode = "kernel"
         runs, run = [], latent_graph._run
@@ -374,7 +375,8 @@ def test_on_a_gpu(options, model, monkeypatch):
         for _ in range(2):
             cache.reset()
             found = logits(on_gpu, cache, tokens, mask)
-            assert (found - exact).norm() <= 0.03 * exact.norm()
+            # two independent roundings to bf16, and to codes, of one truth
+            assert (found.float().cpu() - eager).norm() <= 2 * (eager - truth).norm()
         assert len(cache.graphs) == 1
         assert len(runs) == 2, "once to compile, once to capture; the others are replays"
     finally:

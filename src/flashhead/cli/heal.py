@@ -102,22 +102,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     _print(report, args.out)
+    args.exit_code = 0 if report["written"] else 1
     return {**report, "teacher": Path(args.teacher).name}
 
 
 def _print(report: dict[str, Any], out: Path) -> None:
     held = report["held_out"]
-    if held["before"] is not None:
-        print(
-            f"held-out text: KL {held['before']['kl']:.5f} -> {held['after']['kl']:.5f} nats a "
-            f"token, attention error {held['before']['regression']:.4f} -> "
-            f"{held['after']['regression']:.4f}"
-        )
-    else:
-        print(f"held-out text: KL {held['after']['kl']:.5f} nats a token")
+    print(
+        f"held-out text: KL {held['before']['kl']:.5f} -> {held['after']['kl']:.5f} nats a "
+        f"token, attention error {held['before']['regression']:.4f} -> "
+        f"{held['after']['regression']:.4f}"
+    )
     print(
         f"{report['seconds']:.0f} s of training, peak memory "
         f"{report['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
+    if not report["written"]:
+        print(f"worse than before: {out} stays as it was; lower --rate-a or --rate-b")
     if not report["finished"]:
-        print(f"the time is over: {out} holds the weights so far; the same command goes on")
+        held_by = out if report["written"] else out / ".heal"
+        print(f"the time is over: {held_by} holds the weights so far; the same command goes on")

@@ -73,12 +73,16 @@ class Healing:
         self.batch_rows = max(1, min(len(self.rows), options.batch_tokens // rows.shape[1]))
 
     def run(self, progress_bar: bool = True) -> dict[str, Any]:
-        """Train, write the folder, and say what came of it; JSON-able."""
+        """Train, write the folder, and say what came of it; JSON-able.
+
+        A model that is worse on text that it was not trained on is not written.
+        """
         settings = self.options.settings()
         progress = heal_state.load_progress(self.folder, settings)
         resumed = progress is not None
         progress = progress or Progress(settings, self.options.stages[0])
-        before = None if resumed else self._held_out()
+        if progress.before is None:
+            progress.before = self._held_out()
         started, finished = time.perf_counter(), True
         for stage in self.options.stages:
             if stage < progress.stage:  # done before the interruption
@@ -88,14 +92,22 @@ class Healing:
             if not finished:
                 break
         after = self._held_out()
-        self._write()
+        measure = "regression" if self.options.stages[-1] == "a" else "kl"
+        better = after[measure] <= progress.before[measure]
+        if better:
+            self._write()
         if finished:
             shutil.rmtree(self.folder)
         return {
             "finished": finished,
+            "written": better,
             "steps": progress.step,
             "stage": progress.stage,
-            "held_out": {"before": before, "after": after, "tokens": self.held_out.numel()},
+            "held_out": {
+                "before": progress.before,
+                "after": after,
+                "tokens": self.held_out.numel(),
+            },
             "losses": progress.losses,
             "seconds": round(progress.seconds, 1),
             "text_tokens": self.rows.numel(),

@@ -24,6 +24,7 @@ class Progress:
         step: steps done in that stage.
         losses: (stage, step, loss) from time to time.
         seconds: of training so far.
+        before: losses on held-out text before the first step.
     """
 
     settings: dict[str, Any]
@@ -31,6 +32,7 @@ class Progress:
     step: int = 0
     losses: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    before: dict[str, float] | None = None
 
 
 def save(
