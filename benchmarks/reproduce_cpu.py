@@ -78,6 +78,12 @@ def evaluations() -> Iterator[Step]:
     command, cache = asked("latent-2x-smollm2-135m", "smollm2-135m", name)
     made = ("convert-latent-2x-smollm2-135m",)
     yield step(name, command, needs=("eval", "tasks"), minutes=10, after=made, keeps=cache)
+    folder = "latent-2x-mixed-smollm2-135m"
+    arguments = "--attention latent --head dense --kv-ratio 2 --kv-dtype mixed"
+    arguments += f" --calibration {TEXT} --calibration-tokens 2048"
+    yield conversion(folder, "smollm2-135m", 2, arguments)
+    command = f"flashhead eval {folder} --against smollm2-135m --data {TEXT} --limit 2044"
+    yield step(folder, command + " --out {out}", minutes=3, after=(f"convert-{folder}",))
     for kind, folder in (("rtn", "w4"), ("gptq", "gptq")):
         made = (f"convert-{folder}-smollm2-135m",)
         command = f"flashhead verify {folder}-smollm2-135m --against smollm2-135m"
@@ -142,7 +148,8 @@ def served() -> Iterator[Step]:
         name = f"vllm-features-{kind}{model}"
         yield step(name, command, needs=("vllm",), minutes=7, after=made)
     made = ("convert-latent-2x-qwen2.5-coder-0.5b",)
-    command = f"vllm_latent.py latent-2x-qwen2.5-coder-0.5b --text {TEXT} --context 8192"
-    command += " --tokens 64 --prompts 2 --dtype bfloat16 --against qwen2.5-coder-0.5b --json {out}"
-    name = "vllm-latent-8k-bf16-qwen2.5-coder-0.5b"
-    yield step(name, command, needs=("vllm",), minutes=15, after=made)
+    for kind, dtype, prompts in (("bf16", "bfloat16", 2), ("float32", "float32", 1)):
+        command = f"vllm_latent.py latent-2x-qwen2.5-coder-0.5b --text {TEXT} --context 8192"
+        command += f" --tokens 64 --prompts {prompts} --dtype {dtype} --against qwen2.5-coder-0.5b"
+        name = f"vllm-latent-8k-{kind}-qwen2.5-coder-0.5b"
+        yield step(name, command + " --json {out}", needs=("vllm",), minutes=15, after=made)

@@ -32,6 +32,7 @@ def cards() -> Iterator[Step]:
     command = "gpu_latent_sweep.py --jobs 10 --out {out}"
     yield step("latent-sweep-h100-1", command, needs=gpu, minutes=5)
     yield from healed()
+    yield from twins()
     for name, shapes in (
         ("bf16", "llama-3.2-1b,qwen3-0.6b"),
         ("w4a16-and-gemma", "llama-3.2-1b-w4a16,gemma-3-270m"),
@@ -42,24 +43,52 @@ def cards() -> Iterator[Step]:
 
 
 def healed() -> Iterator[Step]:
-    """Latents of SmolLM2 through the cache, before and after healing, in folders of their own."""
-    for name, cases, heal in (
-        ("latent-closed-form-h100", "2:bf16,4:mixed", False),
-        ("latent-2x-healed-h100", "2:bf16", True),
-        ("latent-8x-mixed-healed-h100", "8:mixed", True),
+    """Latents through the cache, before and after healing, in folders of their own."""
+    smol, coder = "smollm2-135m", "qwen2.5-coder-0.5b"
+    for name, model, cases, heal in (
+        ("latent-closed-form-mixed-h100", smol, "2:bf16,2:mixed,4:mixed,8:mixed", False),
+        ("latent-closed-form-h100", smol, "2:bf16,4:mixed", False),
+        ("latent-closed-form-h100", coder, "2:bf16,4:mixed", False),
+        ("latent-closed-form-8x-h100", coder, "8:mixed", False),
+        ("latent-2x-healed-h100", smol, "2:bf16", True),
+        ("latent-8x-mixed-healed-h100", smol, "8:mixed", True),
     ):
-        work = f"work-{name}"
-        command = f"latent_table.py smollm2-135m --data {TEXT} --cases {cases} --device cuda"
+        work = f"work-{name}-{model}"
+        command = f"latent_table.py {model} --data {TEXT} --cases {cases} --device cuda"
         command += f" --work {work} --out {{out}}"
-        own = step(f"{name}-smollm2-135m", command, needs=("gpu",), minutes=4, makes=(work,))
+        own = step(f"{name}-{model}", command, needs=("gpu",), minutes=4, makes=(work,))
         if heal:
             more = ("--skip-closed-form", "--heal-tokens", "8000000", f"--heal-arguments={HEAL}")
             own = dataclasses.replace(own, command=(*own.command, *more), minutes=8)
         yield own
     folder = "latent-8x-mixed"
     arguments = "--attention latent --head dense --kv-ratio 8 --kv-dtype mixed"
-    yield conversion(folder, "smollm2-135m", 5, arguments, "gpu")
-    command = f"flashhead eval {folder} --against smollm2-135m --data {TEXT} --limit 16352"
+    yield conversion(folder, smol, 5, arguments, "gpu")
+    command = f"flashhead eval {folder} --against {smol} --data {TEXT} --limit 16352"
     command += " --device cuda --out {out}"
-    name = "latent-8x-mixed-closed-form-h100-smollm2-135m"
+    name = f"latent-8x-mixed-closed-form-h100-{smol}"
     yield step(name, command, needs=("gpu",), minutes=2, after=(f"convert-{folder}",))
+
+
+def twins() -> Iterator[Step]:
+    """A model and its latent twin from scratch, and the model converted."""
+    gpu = ("gpu",)
+    command = "train_twins.py train twins --tokens 48000000 --corpus-bytes 160000000"
+    yield step(
+        "train-twins-h100",
+        command + " --device cuda --out-json {out}",
+        needs=gpu,
+        minutes=5,
+        makes=("twins",),
+    )
+    made = ["train-twins-h100"]
+    for kind in ("bf16", "mixed"):
+        folder = f"mha-8x-{kind}"
+        arguments = f"--attention latent --head dense --kv-ratio 8 --kv-dtype {kind} --device cuda"
+        arguments += " --calibration twins/calibration.jsonl"
+        own = conversion(folder, "twins/mha", 1, arguments, *gpu)
+        yield dataclasses.replace(own, after=("train-twins-h100",))
+        made.append(own.name)
+    command = "train_twins.py judge twins twins/mha twins/latent mha-8x-bf16"
+    command += " mha-8x-mixed --device cuda --out-json {out}"
+    yield step("train-twins-judge-h100", command, needs=gpu, minutes=2, after=tuple(made))

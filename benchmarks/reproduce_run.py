@@ -80,6 +80,7 @@ def code() -> str:
     tools = {path for pattern in TOOLS for path in (ROOT / "benchmarks").glob(pattern)}
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.json")]
     files += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("*.cu")]
+    files += (ROOT / "examples").rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted(set(files) - tools):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -90,7 +91,7 @@ def code() -> str:
 def same_code_since(commit: str) -> bool:
     """Whether a commit's measuring code is that of the working tree; False: not a known commit."""
     tools = [f":(exclude)benchmarks/{pattern}" for pattern in TOOLS]
-    paths = ("src", "benchmarks/*.py", "benchmarks/*.cu", *tools)
+    paths = ("src", "examples", "benchmarks/*.py", "benchmarks/*.cu", *tools)
     command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *paths]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -124,7 +125,8 @@ def command_line(step: Step, place: Place) -> list[str]:
     program, *words = step.command
     if program == "flashhead":
         return [python, "-m", "flashhead", *words]
-    return [python, str(ROOT / "benchmarks" / program), *words]
+    folder = "examples" if (ROOT / "examples" / program).is_file() else "benchmarks"
+    return [python, str(ROOT / folder / program), *words]
 
 
 def run_step(step: Step, place: Place, again: bool = False) -> float:

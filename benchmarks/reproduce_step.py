@@ -1,9 +1,9 @@
 """A step of `make reproduce`: a command, what it writes, what it needs, about how long it takes.
 
-A command's first word is `flashhead` or a script of this folder. Commands run in a working folder
-that holds `data` (a link to --data-dir), `wikitext2-valid.txt` and its halves, the two Qwen folders
-under the names below, `results`, and `out`, whose documents are moved to the results when a step is
-done. So the argv that a document keeps holds no path of a machine.
+A command's first word is `flashhead` or a script of this folder or of examples. Commands run in a
+working folder that holds `data` (a link to --data-dir), `wikitext2-valid.txt` and its halves, the
+two Qwen folders under the names below, `results`, and `out`, whose documents are moved to the
+results when a step is done. So the argv that a document keeps holds no path of a machine.
 
 Minutes are of two CPU cores, or of one H100.
 """

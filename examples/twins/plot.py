@@ -28,6 +28,8 @@ def draw(path: Path, svg: Path) -> dict[str, Any]:
             text = f"{label}, {own['parameters']['all'] / 1e6:.1f}M, {own['cache_bytes']:,} B/token"
             left.plot(*zip(*points, strict=True), label=text)
         left.set(xlabel="million tokens", ylabel="held-out loss, nats", yscale="log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
         left.legend(frameon=False)
         ratios = [
             (tokens / 1e6, own / base)

@@ -103,9 +103,12 @@ def _require_cuda() -> None:
 def _draw(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot is None or args.shape is not None or args.out is not None:
         raise FlashHeadError("drawing: wanted --from JSON --plot FILE and nothing else")
+    from flashhead.bench.attention import format_attention_table
     from flashhead.report.attention_times import draw_attention, read_attention
 
     path: Path = args.plot
-    draw_attention(read_attention(args.source), path)
+    document = read_attention(args.source)
+    draw_attention(document, path)
+    print(format_attention_table(document))
     print(f"drawn: {path}")
     return {"plot": str(path)}

@@ -121,7 +121,10 @@ def compare(
         for label, kind in (("base", "bf16"), *((kind, kind) for kind in ROUNDED))
     }
     value = load_value()
-    make = (lambda: LatentCache(value)) if latent_modules(value) else rounded(value, "bf16")
+    # bytes of tokens are measured, not of room for more
+    make = (
+        (lambda: LatentCache(value, reserve=0)) if latent_modules(value) else rounded(value, "bf16")
+    )
     table["value"] = measure(value, windows, make, name="value", **options)  # type: ignore[arg-type]
     for row in table.values():
         row["ratio"] = row["perplexity"] / table["base"]["perplexity"]
