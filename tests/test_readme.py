@@ -21,7 +21,6 @@ from flashhead.errors import FlashHeadError
 FIGURE = re.compile(r"\d[\d.,]*(?:x\b|\s?%|\s?(?:us|ms|tokens/s|tok/s)\b)")
 ALLOWED = {
     "smol-4x": "the name of a folder in an example",
-    "latent 2x": "the name of a configuration, in a table's head",
     "a search that reads 10 % of the head": "an assumption of the ledger's table, said as one",
 }
 """Text of the template that looks measured and is not: why."""
