@@ -151,6 +151,15 @@ def test_with_quantized_layers(tiny_folder, text, tmp_path):
         convert(str(plain), tmp_path / "no", attention=options, **SETTINGS)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--attention", "latent", "--head", "dense", "--device", "cuda"]
+    assert main(["convert", tiny_folder, str(out), *arguments]) == 2
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_eval_against(folder, tiny_folder, text, capsys):
     """`eval MODEL` is found by its absence of a subcommand; decoded tokens and bytes are stated."""
     arguments = ["--against", tiny_folder, "--data", str(text), "--limit", "300", "--window", "64"]
@@ -183,6 +192,7 @@ def test_eval_of_a_selection(folder, tiny_folder, text, capsys):
         (["convert", "{tiny}", "{out}", "--kv-ratio", "2"], "--kv-ratio: wanted --attention"),
         (["convert", "{tiny}", "{out}", "--attention", "latent", "--kv-ratio", "0.5"], "from 1"),
         (["convert", "{tiny}", "{out}", "--attention", "latent", "--index-only"], "index-only"),
+        (["convert", "{tiny}", "{out}", "--device", "cuda"], "--device: wanted --attention"),
         (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--limit", "9999"], "has"),
         (["eval", "{tiny}", "--against", "{tiny}", "--data", "{text}", "--kv-dtype", "int4",
           "--limit", "20"],
