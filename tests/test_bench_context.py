@@ -12,6 +12,7 @@ from flashhead.bench.context_table import format_context_table
 from flashhead.bench.random_latent import random_models
 from flashhead.cli.main import main
 from flashhead.convert.latent import make_latent
+from flashhead.convert.latent_folder import mark_latent
 from flashhead.errors import FlashHeadError
 from flashhead.integrations.latent_cache import LatentCache
 from flashhead.integrations.latent_model import latent_modules, serve_latents
@@ -163,6 +164,16 @@ def test_arguments_that_do_not_belong_together(arguments, said, capsys):
         raise SystemExit(main(["bench", "decode", *arguments]))
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_reads(pair, tmp_path, capsys):
+    model, _ = pair
+    folder = tmp_path / "latent"
+    model.save_pretrained(folder)
+    mark_latent(model, folder)
+    most = model.config.max_position_embeddings
+    assert main(["bench", "decode", "--model", str(folder), "--context", str(most)]) == 2
+    assert f"wanted less than the model's {most:,} tokens" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -157,6 +157,9 @@ def _loaded(args: argparse.Namespace, longest: int, device: str, dtype: Any) -> 
 
     source, place = session.open_source(args.model), torch.device(device)
     model, bases = load_dense(source, dtype=dtype, device=place), {}
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and longest >= most:
+        raise FlashHeadError(f"--context {longest}: wanted less than the model's {most:,} tokens")
     if args.against is not None:
         base = session.open_source(args.against)
         bases["full"] = load_dense(base, dtype=dtype, device=place)
