@@ -37,7 +37,7 @@ def judge(evaluations: Sequence[dict[str, Any]]) -> Judgement:
     found = [_one(document) for document in evaluations]
     answers = [one.answer for one in found]
     answer = next(a for a in ("no", "not known", "yes") if a in answers)
-    return Judgement(answer, " ".join(one.sentence for one in found))
+    return Judgement(answer, "\n".join(one.sentence for one in found))
 
 
 def outcome(row: dict[str, Any]) -> str:
