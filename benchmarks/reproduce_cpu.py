@@ -148,7 +148,7 @@ def served() -> Iterator[Step]:
         name = f"vllm-features-{kind}{model}"
         yield step(name, command, needs=("vllm",), minutes=7, after=made)
     made = ("convert-latent-2x-qwen2.5-coder-0.5b",)
-    for kind, dtype, prompts in (("bf16", "bfloat16", 2), ("float32", "float32", 1)):
+    for kind, dtype, prompts in (("bf16", "bfloat16", 2), ("float32", "float32", 2)):
         command = f"vllm_latent.py latent-2x-qwen2.5-coder-0.5b --text {TEXT} --context 8192"
         command += f" --tokens 64 --prompts {prompts} --dtype {dtype} --against qwen2.5-coder-0.5b"
         name = f"vllm-latent-8k-{kind}-qwen2.5-coder-0.5b"
