@@ -33,8 +33,6 @@ BASES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Models whose layers are DeepSeek's dense ones but for the attention."""
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rotary types without a factor on the angles, which DeepSeek takes otherwise."""
-NORM_EPS = 1e-6
-"""Of the latent's norm in transformers' class."""
 MARGIN = 2048.0
 """The constant number of a latent without a norm, over the largest latent's norm."""
 TOLERANCE = 1e-3

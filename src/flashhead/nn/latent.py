@@ -170,7 +170,7 @@ class LatentAttention(nn.Module):
         if absorbed:
             mixed = self._attend_absorbed(query, latent, rotary, mask, total - held)
         else:
-            mixed = self._attend_materialised(query, latent, rotary, mask, total - held)
+            mixed = self.attend_materialised(query, latent, rotary, mask, total - held)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
 
     def _decode(
@@ -258,7 +258,7 @@ class LatentAttention(nn.Module):
         real, imaginary = (self.mix[..., i, None] * place for i in range(2))
         return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), 1)
 
-    def _attend_materialised(
+    def attend_materialised(
         self, query: Tensor, latent: Tensor, rotary: Tensor, mask: Tensor | None, start: int
     ) -> Tensor:
         """Through torch's attention, so many rows at once as `MATERIALISED_BYTES` hold:

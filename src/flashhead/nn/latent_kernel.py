@@ -6,7 +6,7 @@ ones); runs are merged by their log-sum-exp.
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 Run = tuple[Rows, Rows | None]
 _log = logging.getLogger("flashhead")
-
-
-class RowsCache(Protocol):
-    """A cache that can be read as it is kept: `LatentCache`."""
-
-    def append_rows(self, latent: Tensor, rotary: Tensor, layer_idx: int) -> list[Run]:
-        """Append a layer's tokens, return the runs that its query may see."""
-        ...
 
 
 def wanted(module: "LatentAttention", cache: object, tokens: int, device: torch.device) -> bool:

@@ -7,12 +7,10 @@ one) gather their latents and rebuild keys and values once for all their queries
 """
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flashhead.nn import latent_kernel
 from flashhead.nn.rotary import rotate
@@ -95,16 +93,10 @@ def paged_attention(
     Returns:
         `[tokens, heads, value_dim]`.
     """
-    shape = module.shape
     angles = query.new_empty(0, dtype=torch.float32)
     cos, sin = module.table.at(0, batch.longest, angles)
     own_cos, own_sin = (x[batch.positions].to(query.dtype) for x in (cos, sin))
-    rotary, latent = latent.split((shape.rotary_width, shape.rank), -1)
-    if module.latent_norm is not None:
-        latent = module.latent_norm(latent)
-    if module.mix is not None:
-        pairs = _pairs(shape.components, query.device)
-        rotary = rotate(rotary, own_cos[:, pairs], own_sin[:, pairs])
+    latent, rotary = module.turned(latent, own_cos, own_sin)
     size = cache.shape[1]
     cache[batch.slots // size, batch.slots % size] = torch.cat((latent, rotary), -1).to(cache.dtype)
     query = rotate(query.transpose(0, 1), own_cos, own_sin).transpose(0, 1)
@@ -172,24 +164,6 @@ def _prefill(
     held = cache[blocks[low : -(-length // size)].long()].flatten(0, 1)
     held = held[first - low * size : length - low * size].to(query.dtype)[None]
     latent, rotary = held.split((shape.rank, shape.rotary_width), -1)
-    keys, values = module.materialise(latent, rotary, first)
     mask = module._mask(None, tokens, length - first, query.device, False)
-    # fused kernels want keys and values of one width: zeros change nothing
-    wider = max(0, shape.head_dim - shape.value_dim)
-    mixed = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        keys,
-        functional.pad(values, (0, wider)) if wider else values,
-        attn_mask=mask,
-        is_causal=mask is None and tokens > 1,
-        scale=shape.scale,
-        enable_gqa=shape.heads != shape.kv_heads,
-    )
-    return mixed[0, ..., : shape.value_dim].transpose(0, 1)
-
-
-@functools.cache
-def _pairs(components: tuple[int, ...], device: torch.device) -> Tensor:
-    """Rotary pair of each kept component, copied to a device once: `int64[components]`."""
-    pairs = [pair for pair, count in enumerate(components) for _ in range(count)]
-    return torch.tensor(pairs, device=device)
+    mixed = module.attend_materialised(query.transpose(0, 1)[None], latent, rotary, mask, first)
+    return mixed[0].transpose(0, 1)

@@ -143,7 +143,7 @@ def attend(
         bias=added,
     )
     mixed = _attend_at(module, query, index, bias, layer)
-    return latent_kernel.values_of(module, mixed).unsqueeze(2)
+    return latent_kernel.values_of(module, mixed)
 
 
 def _attend_at(

@@ -96,7 +96,7 @@ def decode(module: "LatentAttention", hidden_states: Tensor, step: LatentStep) -
         _attend(module, query, first, own, other, up, bias, step)
         for (first, own), (_, other) in zip(rooms[0].runs(), others, strict=False)
     ]
-    mixed = latent_kernel.values_of(module, latent_kernel.merge(parts)).unsqueeze(2)
+    mixed = latent_kernel.values_of(module, latent_kernel.merge(parts))
     return module.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
