@@ -5,7 +5,17 @@ import torch
 
 pytest.importorskip("transformers")
 
+from latent_models import ids, tiny, windows
+
+from flashhead.convert.latent import make_latent
+from flashhead.evaluate.suite import rows as rows_module
 from flashhead.evaluate.suite.rows import LEAST_SHARED, Body, generate, groups
+from flashhead.integrations.latent_model import serve_latents
+from flashhead.nn.token_store import StoreOptions
+from flashhead.options_latent import LatentOptions
+
+KEPT = 7
+"""Hidden states of a row that are asked for: of more than one part."""
 
 
 def _model(sliding: bool):
@@ -48,24 +58,41 @@ def _rows(seed: int = 0) -> list[list[int]]:
     return [rows[i] for i in torch.randperm(len(rows), generator=rng).tolist()]
 
 
+@pytest.fixture(params=[None, 5], ids=["whole", "parts"])
+def parts(request, monkeypatch):
+    """Rows are read at once, or five tokens at a time; the lengths of all that is read."""
+    if request.param:
+        monkeypatch.setattr(rows_module, "SCORE_BYTES", 0)
+        monkeypatch.setattr(rows_module, "LEAST_PART", request.param)
+    read: list[int] = []
+    hidden = Body._hidden
+    monkeypatch.setattr(
+        Body,
+        "_hidden",
+        lambda self, ids, *a, **k: read.append(ids.shape[1]) or hidden(self, ids, *a, **k),
+    )
+    yield read
+    assert max(read) == request.param if request.param else max(read) > LEAST_SHARED
+
+
 @pytest.mark.parametrize("sliding", [False, True])
-def test_hidden_states_of_batches_are_those_of_single_rows(sliding):
+def test_hidden_states_of_batches_are_those_of_single_rows(sliding, parts):
     """Catches a copy of keys and values that is shifted wrongly, a padding that is seen, a wrong
-    position, and a sliding window that counts the padding."""
+    position, a sliding window that counts the padding, and a part that is lost or read twice."""
     model = _model(sliding)
     rows = _rows()
     wanted = []
     with torch.no_grad():
         for row in rows:
             states = model.model(torch.tensor([row])).last_hidden_state[0]
-            wanted.append(states[-min(3, len(row)) :])
+            wanted.append(states[-min(KEPT, len(row)) :])
     body = Body(model)
     got: dict[int, torch.Tensor] = {}
     shared = 0
     for group in groups(rows):
         shared += group.shared > 0
         prefix = body.prefix(rows[group.members[0]][: group.shared])
-        hidden, _ = body.prefill([rows[i] for i in group.members], prefix, 3)
+        hidden, _ = body.prefill([rows[i] for i in group.members], prefix, KEPT)
         got |= dict(zip(group.members, hidden, strict=True))
     assert shared == 2
     assert sorted(got) == list(range(len(rows)))
@@ -76,8 +103,24 @@ def test_hidden_states_of_batches_are_those_of_single_rows(sliding):
         assert error <= 1e-4 * truth.abs().max()
 
 
+@pytest.mark.parametrize("rotary", ["rebuilt", "decoupled"])
+def test_latents_are_read_in_parts(rotary, parts):
+    """Rows of unlike length through a cache of latents: nothing is shared, parts follow parts."""
+    model = tiny("gqa")
+    make_latent(model, LatentOptions(kv_ratio=2.0, rotary=rotary), windows(), progress=False)
+    serve_latents(model, StoreOptions())
+    rows = [ids(1, n, seed=n)[0].tolist() for n in (3, 12, 40, 90)]
+    with torch.no_grad():
+        wanted = [model.model(torch.tensor([row])).last_hidden_state[0, -2:] for row in rows]
+    body = Body(model)
+    assert not body.sharing
+    got, _ = body.prefill(rows, [], 2)
+    for states, truth in zip(got, wanted, strict=True):
+        assert (states - truth).abs().max() <= 1e-4 * truth.abs().max()
+
+
 @pytest.mark.parametrize("sliding", [False, True])
-def test_greedy_generations_are_those_of_generate(sliding):
+def test_greedy_generations_are_those_of_generate(sliding, parts):
     """Catches rows that are mixed up when some of them end early, and a wrong position of the
     tokens that are generated."""
     model = _model(sliding)

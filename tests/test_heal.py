@@ -76,6 +76,31 @@ def test_it_learns_and_keeps_the_head(out, teacher, text):
     load_dense(str(out))
 
 
+@pytest.mark.parametrize("stage", ["a", "b"])
+def test_a_step_in_parts_is_the_same_step(stage, out, teacher):
+    """Loss and gradients of four rows, at once and one by one; and the held-out losses."""
+
+    class Kept(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            pass
+
+    rows, found = ids(24, 64, seed=5), []
+    for micro in (256, 64):
+        options = HealOptions(**SMALL, stage=stage, micro_tokens=micro)
+        student, taught = (load_dense(str(f), dtype=torch.float32) for f in (out, teacher))
+        healing = Healing(out, student, taught, rows, options)
+        trained = healing._trained(stage)
+        loss = healing._step(stage, 0, trained, Kept(trained.values(), lr=0.0))
+        grads = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        found.append(({"loss": loss, **healing._held_out()}, grads))
+    (losses, grads), (losses_parts, grads_parts) = found
+    assert losses_parts == pytest.approx(losses, rel=1e-4)
+    assert grads.keys() == grads_parts.keys()
+    assert grads
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_parts[name], grad, rtol=1e-3, atol=1e-5)
+
+
 def test_a_worse_model_is_not_written(out, teacher, text, capsys):
     """A rate that is far too high."""
     before = (out / "model.safetensors").read_bytes()

@@ -18,6 +18,7 @@ class HealOptions:
         tokens: trained on in all stages, counting repetitions.
         stage: "a", "b" or "both".
         batch_tokens: of one step.
+        micro_tokens: of these at a time; gradients of a step are summed. It bounds memory.
         row_tokens: of one row of text.
         text_tokens: different tokens of text, at most.
         text_share: of the time limit that sampling may take.
@@ -33,6 +34,7 @@ class HealOptions:
     tokens: int
     stage: str = "both"
     batch_tokens: int = 16384
+    micro_tokens: int = 4096
     row_tokens: int = 512
     text_tokens: int = 10_000_000
     text_share: float = 0.4
@@ -44,7 +46,7 @@ class HealOptions:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise FlashHeadError(f"stage={self.stage!r}: wanted one of {', '.join(STAGES)}")
-        for name in ("tokens", "batch_tokens", "row_tokens", "text_tokens"):
+        for name in ("tokens", "batch_tokens", "micro_tokens", "row_tokens", "text_tokens"):
             if getattr(self, name) < 16:
                 raise FlashHeadError(f"{name}={getattr(self, name)}: wanted 16 or more")
         for name in ("rate_a", "rate_b"):

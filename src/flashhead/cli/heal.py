@@ -56,6 +56,13 @@ def add_parser(subparsers: Any) -> None:
         help=f"of one step (default: {BATCH_TOKENS['cpu']}, on a GPU {BATCH_TOKENS['cuda']})",
     )
     parser.add_argument(
+        "--micro-tokens",
+        type=integer(16),
+        default=4096,
+        metavar="N",
+        help="of a step at a time: less takes less memory (default: 4096)",
+    )
+    parser.add_argument(
         "--row-tokens", type=integer(16), default=512, metavar="N", help="default: 512"
     )
     parser.add_argument(
@@ -86,6 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokens=args.tokens,
         stage=args.stage,
         batch_tokens=args.batch_tokens or BATCH_TOKENS[args.device],
+        micro_tokens=args.micro_tokens,
         row_tokens=args.row_tokens,
         text_tokens=args.text_tokens,
         minutes=args.minutes,

@@ -71,6 +71,7 @@ class Healing:
         for latent in self.latents.values():  # heal what the cache will do, too
             latent.rounding = student.latent_store
         self.batch_rows = max(1, min(len(self.rows), options.batch_tokens // rows.shape[1]))
+        self.micro_rows = max(1, options.micro_tokens // rows.shape[1])
 
     def run(self, progress_bar: bool = True) -> dict[str, Any]:
         """Train, write the folder, and say what came of it; JSON-able.
@@ -172,8 +173,11 @@ class Healing:
         optimizer: torch.optim.Optimizer,
     ) -> float:
         batch = self._batch(step + (1 << 20) * (stage == "b"))
-        with self._autocast():
-            loss = self._loss(stage, batch, True)
+        loss = 0.0
+        for part in batch.split(self.micro_rows):
+            share = len(part) / len(batch)
+            with self._autocast():
+                loss += share * self._loss(stage, part, share)
         if not math.isfinite(loss):
             raise FlashHeadError(f"stage {stage}, step {step}: the loss is {loss}; lower its rate")
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -181,7 +185,7 @@ class Healing:
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _loss(self, stage: str, batch: Tensor, backward: bool) -> float:
+    def _loss(self, stage: str, batch: Tensor, backward: float | None) -> float:
         if stage == "a":
             return regression(self.teacher, self.latents, batch, backward)
         return distillation(self.teacher, self.student, batch, self.post, backward)
@@ -197,12 +201,13 @@ class Healing:
 
     def _held_out(self) -> dict[str, float]:
         """Both losses on text that is not trained on."""
-        batch = self.held_out.to(self.student.device)
+        found = {"regression": 0.0, "kl": 0.0}
         with torch.no_grad(), self._autocast():
-            return {
-                "regression": self._loss("a", batch, False),
-                "kl": self._loss("b", batch, False),
-            }
+            for part in self.held_out.to(self.student.device).split(self.micro_rows):
+                share = len(part) / len(self.held_out)
+                for stage, measure in (("a", "regression"), ("b", "kl")):
+                    found[measure] += share * self._loss(stage, part, None)
+        return found
 
     def _trained(self, stage: str) -> dict[str, nn.Parameter]:
         """Parameters of a stage; all others stop asking for gradients."""

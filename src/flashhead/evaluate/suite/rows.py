@@ -5,6 +5,7 @@ document that many questions ask about. A group's common beginning is prefilled 
 and values are copied to every row. Rows of unlike length end together: a row that is s tokens
 shorter than the longest has its copy shifted by s places, and those s places are masked. So the
 tokens of a row stay consecutive (sliding windows stay exact) and no padding lies between them.
+Long rows are read in parts, as attention under a mask may hold the scores of all pairs of tokens.
 """
 
 import dataclasses
@@ -19,6 +20,10 @@ from flashhead.integrations.latent_model import latent_modules
 
 LEAST_SHARED = 64
 """Tokens; below it a copy of keys and values costs more than the prefill."""
+SCORE_BYTES = 2**31
+"""Of the attention scores of one layer that may exist at a time while rows are read."""
+LEAST_PART = 128
+"""Tokens of a part, however many rows are read and however long they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +108,44 @@ class Body:
         self._recorder = Recorder(self.head)
         model.set_output_embeddings(self._recorder)
         self.sharing = not latent_modules(model)
+        text = model.config.get_text_config()
+        self._score_bytes = text.num_attention_heads * model.dtype.itemsize  # of a pair of tokens
 
     def _hidden(self, ids: Tensor, keep: int, **where: Any) -> tuple[Tensor, Cache]:
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **where)
         return self._recorder.hidden[:, -keep:], out.past_key_values
+
+    def _read(
+        self, ids: Tensor, keep: int, before: int, cache: Cache | None, **where: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """`_hidden` of tokens that follow `before` others, in parts that bound the scores.
+
+        Args:
+            ids: `int64[rows, tokens]`.
+            keep: hidden states of so many last tokens, at most all.
+            before: tokens that the cache holds.
+            cache: None: a new one.
+            where: position ids of these tokens, attention mask of all, if any.
+        """
+        rows, tokens = ids.shape
+        part = SCORE_BYTES // (self._score_bytes * rows * (before + tokens))
+        part = max(LEAST_PART, int(part))
+        kept: list[Tensor] = []
+        for start in range(0, tokens, part):
+            stop = min(start + part, tokens)
+            now = dict(where)
+            if "position_ids" in now:
+                now["position_ids"] = now["position_ids"][:, start:stop]
+            if "attention_mask" in now:
+                now["attention_mask"] = now["attention_mask"][:, : before + stop]
+            wanted = stop - max(start, tokens - keep)  # of this part; the model scores one or more
+            hidden, cache = self._hidden(
+                ids[:, start:stop], max(1, wanted), past_key_values=cache, **now
+            )
+            if wanted > 0:
+                kept.append(hidden)
+        assert cache is not None
+        return kept[0] if len(kept) == 1 else torch.cat(kept, 1), cache
 
     @torch.no_grad()
     def prefix(self, row: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -115,7 +154,7 @@ class Body:
             return []
         ids = torch.tensor([row], device=self.model.device)
         cache = DynamicCache()
-        self._hidden(ids, 1, past_key_values=cache)
+        self._read(ids, 1, 0, cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     @torch.no_grad()
@@ -138,15 +177,12 @@ class Body:
         shifts = torch.tensor([longest - len(row) for row in rows], device=self.model.device)
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         places = torch.arange(longest, device=self.model.device)
-        where: dict[str, Any] = {}
-        if prefix:
-            where["past_key_values"] = _copies(prefix, shifts)
+        where = {"position_ids": (places[shared:] - shifts[:, None]).clamp_min(0)}
         if bool(shifts.any()):
             where["attention_mask"] = (places >= shifts[:, None]).long()
-        where["position_ids"] = (places[shared:] - shifts[:, None]).clamp_min(0)
-        hidden, cache = self._hidden(
-            ids[:, shared:].to(self.model.device), min(keep, longest - shared), **where
-        )
+        cache = _copies(prefix, shifts) if prefix else None
+        ids = ids[:, shared:].to(self.model.device)
+        hidden, cache = self._read(ids, min(keep, longest - shared), shared, cache, **where)
         return hidden, Decoding(self, cache, shifts, longest)
 
 

@@ -1,0 +1,113 @@
+"""Which learning rate heals a folder: short runs on copies of it, then the best one in full.
+
+    python benchmarks/heal_rates.py latent-8x --teacher qwen2.5-coder-0.5b --device cuda \\
+        --rates 5e-6,2e-5,1e-4 --tokens 800000 --full-tokens 8000000 --out heal.json
+
+Text is sampled from the teacher once and shared. Every run is `flashhead heal --stage b`; copies are
+removed. The full run rewrites the folder, as `flashhead heal` does. The document is written after
+every run; exit code 1: a run failed, or none of the rates makes the folder better.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashhead.convert.heal_text import healing_rows
+from flashhead.environment import provenance
+from flashhead.integrations.transformers import load_dense, load_tokenizer
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Keep text of the teacher in the folder, where `flashhead heal` looks for it."""
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    healing_rows(
+        load_dense(args.teacher, dtype=dtype).to(args.device),
+        load_tokenizer(args.teacher),
+        (),
+        args.folder / ".heal-text-0.safetensors",
+        tokens=args.text_tokens,
+        row_tokens=512,
+        seed=0,
+        seconds=None,
+    )
+
+
+def run(args: argparse.Namespace, folder: Path, rate: str, tokens: int) -> dict[str, Any] | None:
+    """`flashhead heal`: its document, or None if it ended with an error."""
+    command = [sys.executable, "-m", "flashhead", "heal", str(folder), "--teacher", args.teacher]
+    command += ["--device", args.device, "--stage", "b", "--rate-b", rate, "--tokens", str(tokens)]
+    command += ["--text-tokens", str(min(tokens, args.text_tokens)), "--json"]
+    command += ["--batch-tokens", str(args.batch_tokens), "--micro-tokens", str(args.micro_tokens)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.splitlines()
+    if not lines:  # exit code 1 with a document: worse than before, nothing written
+        return None
+    document: dict[str, Any] = json.loads(lines[-1])
+    held = document["held_out"]
+    print(
+        f"rate {rate}, {tokens:,} tokens: KL {held['before']['kl']:.5f} -> "
+        f"{held['after']['kl']:.5f}, {document['seconds']:.0f} s",
+        flush=True,
+    )
+    return document
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--rates", default="5e-6,2e-5,1e-4", help="largest rates, tried in turn")
+    parser.add_argument("--tokens", type=int, default=800_000, help="of a short run")
+    parser.add_argument("--full-tokens", type=int, default=0, help="0: short runs only")
+    parser.add_argument("--text-tokens", type=int, default=4_000_000, help="different ones")
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--micro-tokens", type=int, default=4096)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    started = time.monotonic()
+    sample(args)
+    torch.cuda.empty_cache()
+    document: dict[str, Any] = {"benchmark": "heal_rates", "rates": {}, "failed": []}
+    copy = args.folder.with_name(f"{args.folder.name}-try")
+
+    def keep(**parts: Any) -> None:
+        document.update(parts, seconds=round(time.monotonic() - started, 1))
+        if args.out:
+            args.out.write_text(json.dumps(document | provenance(), indent=1) + "\n")
+
+    for rate in args.rates.split(","):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(args.folder, copy)
+        try:
+            found = run(args, copy, rate, args.tokens)
+        finally:
+            shutil.rmtree(copy)
+        if found is None:
+            document["failed"].append(rate)
+        else:
+            document["rates"][rate] = found
+        keep()
+    after = {rate: one["held_out"]["after"]["kl"] for rate, one in document["rates"].items()}
+    if not after:
+        return 1
+    best = min(after, key=after.__getitem__)
+    keep(best=best)
+    print(f"best: {best}", flush=True)
+    written = document["rates"][best]["written"]
+    if args.full_tokens and written:
+        full = run(args, args.folder, best, args.full_tokens)
+        keep(full=full)
+        written = full is not None and full["written"]
+    return 0 if written and not document["failed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
