@@ -3,7 +3,7 @@
     python benchmarks/heal_rates.py latent-8x --teacher qwen2.5-coder-0.5b --device cuda \\
         --rates 5e-6,2e-5,1e-4 --tokens 800000 --full-tokens 8000000 --out heal.json
 
-Text is sampled from the teacher once and shared. Every run is `flashhead heal --stage b`; copies are
+Text is sampled from the teacher once and shared. A run is `flashhead heal --stage b`; copies are
 removed. The full run rewrites the folder, as `flashhead heal` does. The document is written after
 every run; exit code 1: a run failed, or none of the rates makes the folder better.
 """

@@ -116,8 +116,9 @@ def hidden_states(side: Any, asked: list[Asked]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for group in groups(rows, side.body.sharing):
         room = min(len(rows[i]) - asked[i].positions for i in group.members)
-        prefix = side.body.prefix(rows[group.members[0]][: max(0, min(group.shared, room))])
-        for members in batches(group, side.rows_at_once(len(rows[group.members[-1]]))):
+        shared = max(0, min(group.shared, room))
+        prefix = side.body.prefix(rows[group.members[0]][:shared])
+        for members in batches(group, side.rows_at_once(len(rows[group.members[-1]]), shared)):
             keep = max(asked[i].positions for i in members)
             hidden, _ = side.body.prefill([rows[i] for i in members], prefix, keep)
             for states, i in zip(hidden, members, strict=True):

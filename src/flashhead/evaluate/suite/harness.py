@@ -32,7 +32,7 @@ class HarnessModel(TemplateLM):
         body: the model without its head.
         head: what answers.
         tokenizer: of the model.
-        rows_at_once: for a row of so many tokens, rows of a batch.
+        rows_at_once: rows of a batch, for rows of so many tokens that share so many first ones.
         ends: tokens that end a generation.
         progress: a bar with the time left, on stderr.
 
@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
         body: Body,
         head: Head,
         tokenizer: Any,
-        rows_at_once: Callable[[int], int],
+        rows_at_once: Callable[[int, int], int],
         ends: frozenset[int],
         progress: bool = True,
     ) -> None:
@@ -208,9 +208,10 @@ class HarnessModel(TemplateLM):
         with bar:
             for group in groups(rows, self.body.sharing):
                 shared = min([group.shared, *(len(rows[i]) - least_own(i) for i in group.members)])
-                prefix = self.body.prefix(rows[group.members[0]][: max(0, shared)])
+                shared = max(0, shared)
+                prefix = self.body.prefix(rows[group.members[0]][:shared])
                 longest = len(rows[group.members[-1]])
-                at_once = self.rows_at_once(longest)
+                at_once = self.rows_at_once(longest, shared)
                 self.batch_sizes.add(at_once)
                 for members in batches(group, at_once):
                     answer(members, prefix)

@@ -30,7 +30,7 @@ class Side:
         head: what answers in its place.
         harness: both, as the harness sees them.
         fingerprint: of weights, index and settings.
-        rows_at_once: rows of a batch, for rows of so many tokens.
+        rows_at_once: rows of a batch, for rows of so many tokens that share so many first ones.
         settings: JSON-able: dtype, head, batch.
     """
 
@@ -38,7 +38,7 @@ class Side:
     head: Head
     harness: HarnessModel
     fingerprint: str
-    rows_at_once: Callable[[int], int]
+    rows_at_once: Callable[[int, int], int]
     settings: dict[str, Any]
 
 
@@ -106,11 +106,11 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in found if token is not None)
 
 
-def _constant(batch: int) -> Callable[[int], int]:
-    return lambda _tokens: batch
+def _constant(batch: int) -> Callable[[int, int], int]:
+    return lambda _tokens, _shared: batch
 
 
-def _by_memory(model: Any) -> Callable[[int], int]:
+def _by_memory(model: Any) -> Callable[[int, int], int]:
     """Rows whose keys, values and activations fit, a power of two."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -122,9 +122,9 @@ def _by_memory(model: Any) -> Callable[[int], int]:
     free = _free_bytes(model.device)
     most = MOST_ROWS if model.device.type == "cpu" else MOST_ROWS_GPU
 
-    def rows(tokens: int) -> int:
-        # twice the cache: it grows by copies
-        row = (tokens + NEW_TOKENS) * 2 * cached + tokens * active
+    def rows(tokens: int, shared: int) -> int:
+        # twice the cache: it grows by copies; the shared tokens were read before
+        row = (tokens + NEW_TOKENS) * 2 * cached + (tokens - shared) * active
         fitting = max(1, int(SHARE * free / row))
         return int(min(most, 1 << (fitting.bit_length() - 1)))
 
