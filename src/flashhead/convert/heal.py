@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT_SECONDS = 300.0
-HELD_OUT_ROWS = 8
+HELD_OUT_ROWS = 64
 
 
 class Healing:
