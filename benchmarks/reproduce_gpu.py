@@ -7,6 +7,10 @@ from reproduce_step import MODELS, TEXT, Step, conversion, drawing, step
 
 SHAPES = ("gemma-3-270m", "gemma-3-1b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b")
 HEAL = "--stage b --rate-b 1e-4 --minutes 4.5 --text-tokens 4000000"
+SMOL, CODER = "smollm2-135m", "qwen2.5-coder-0.5b"
+TWIN_FOLDERS = ("mha-8x-bf16", "mha-8x-mixed", "mha-8x-bf16-3e-5", "mha-8x-mixed-3e-5")
+"""The last two are healed, at that rate."""
+LONG = "--context 1024,4096,16384,32000"
 
 
 def cards() -> Iterator[Step]:
@@ -31,8 +35,15 @@ def cards() -> Iterator[Step]:
         yield step(f"latent-step-{name}-h100", command, needs=gpu, minutes=3)
     command = "gpu_latent_sweep.py --jobs 10 --out {out}"
     yield step("latent-sweep-h100-1", command, needs=gpu, minutes=5)
+    yield from evaluations()
     yield from healed()
+    for model in (SMOL, CODER):
+        yield from healed_and_judged(model, "2x", "--kv-ratio 2")
+    yield from healed_and_judged(CODER, "8x-mixed", "--kv-ratio 8 --kv-dtype mixed")
     yield from twins()
+    command = "flashhead bench decode --shape mha-7b --layers 16 --context 8192,16384 --batch 4"
+    command += " --kv-dtype bf16 --device cuda --out {out}"
+    yield step("decode-context-h100-mha-7b", command, needs=gpu, minutes=3)
     for name, shapes in (
         ("bf16", "llama-3.2-1b,qwen3-0.6b"),
         ("w4a16-and-gemma", "llama-3.2-1b-w4a16,gemma-3-270m"),
@@ -42,16 +53,64 @@ def cards() -> Iterator[Step]:
         yield step(f"vllm-step-h100-{name}", command, needs=("gpu", "vllm"), minutes=7)
 
 
+def evaluations() -> Iterator[Step]:
+    """May FlashHead take the place of these models' heads?"""
+    for model, minutes in zip(MODELS[1:], (7, 10, 13), strict=True):
+        cache = f"cache-eval-{model}"
+        command = f"flashhead eval {model} --against {model} --tasks all --data-dir data"
+        command += f" --limit 200 --device cuda --base-dtype float32 {LONG} --cache {cache}"
+        needs = ("gpu", "eval", "tasks")
+        name = f"eval-{model}"
+        yield step(name, command + " --out {out}", needs=needs, minutes=minutes, keeps=(cache,))
+
+
+def healed_and_judged(model: str, size: str, arguments: str) -> Iterator[Step]:
+    """One folder: converted, measured, healed, measured again, perplexity and tasks."""
+    gpu = ("gpu",)
+    folder = f"latent-{size}-gpu-{model}"
+    arguments += " --attention latent --head dense --device cuda"
+    yield conversion(folder, model, 1, arguments, *gpu)
+    last = f"convert-{folder}"
+    asked = "humaneval,mmlu,gsm8k,perplexity,needle,lookup,copy,addition"
+    for state in ("closed-form", "healed"):
+        if state == "healed":
+            yield (own := _healing(model, size, folder, last))
+            last = own.name
+        command = f"flashhead eval {folder} --against {model} --device cuda --out {{out}}"
+        text = f" --data {TEXT} --limit 16352"
+        name = f"latent-{size}-{state}-h100-{model}"
+        yield step(name, command + text, needs=gpu, minutes=2, after=(last,))
+        cache = f"cache-{size}-{model}"
+        tasks = f" --tasks {asked} --head dense --data-dir data --limit 200"
+        tasks += f" --base-dtype float32 --context 1024,4096 --cache {cache}"
+        needs = ("gpu", "eval", "tasks")
+        judged = step(f"eval-latent-{size}-{state}-{model}", command + tasks, needs=needs)
+        yield dataclasses.replace(judged, minutes=5, after=(last, name), keeps=(cache,))
+        last = judged.name
+
+
+def _healing(model: str, size: str, folder: str, last: str) -> Step:
+    """The rates were found by heal_rates.py (docs/log.md)."""
+    if model == SMOL:
+        command = f"heal_rates.py {folder} --teacher {model} --device cuda --rates 1e-4,3e-4"
+        command += " --tokens 1600000 --full-tokens 20000000 --text-tokens 7000000"
+        command += " --micro-tokens 16384 --out {out}"
+        name = f"heal-rates-{size}-h100-{model}"
+        return step(name, command, needs=("gpu",), minutes=9, after=(last,))
+    command = f"flashhead heal {folder} --teacher {model} --device cuda --stage b --rate-b 5e-6"
+    command += " --tokens 8000000 --text-tokens 4000000 --micro-tokens 8192 --json"
+    name = f"heal-{size}-h100-{model}"
+    return step(name, command, needs=("gpu",), minutes=7, after=(last,), prints=True)
+
+
 def healed() -> Iterator[Step]:
     """Latents through the cache, before and after healing, in folders of their own."""
-    smol, coder = "smollm2-135m", "qwen2.5-coder-0.5b"
     for name, model, cases, heal in (
-        ("latent-closed-form-mixed-h100", smol, "2:bf16,2:mixed,4:mixed,8:mixed", False),
-        ("latent-closed-form-h100", smol, "2:bf16,4:mixed", False),
-        ("latent-closed-form-h100", coder, "2:bf16,4:mixed", False),
-        ("latent-closed-form-8x-h100", coder, "8:mixed", False),
-        ("latent-2x-healed-h100", smol, "2:bf16", True),
-        ("latent-8x-mixed-healed-h100", smol, "8:mixed", True),
+        ("latent-closed-form-mixed-h100", SMOL, "2:bf16,2:mixed,4:mixed,8:mixed", False),
+        ("latent-closed-form-h100", SMOL, "2:bf16,4:mixed", False),
+        ("latent-closed-form-h100", CODER, "2:bf16,4:mixed", False),
+        ("latent-closed-form-8x-h100", CODER, "8:mixed", False),
+        ("latent-8x-mixed-healed-h100", SMOL, "8:mixed", True),
     ):
         work = f"work-{name}-{model}"
         command = f"latent_table.py {model} --data {TEXT} --cases {cases} --device cuda"
@@ -63,10 +122,10 @@ def healed() -> Iterator[Step]:
         yield own
     folder = "latent-8x-mixed"
     arguments = "--attention latent --head dense --kv-ratio 8 --kv-dtype mixed"
-    yield conversion(folder, smol, 5, arguments, "gpu")
-    command = f"flashhead eval {folder} --against {smol} --data {TEXT} --limit 16352"
+    yield conversion(folder, SMOL, 5, arguments, "gpu")
+    command = f"flashhead eval {folder} --against {SMOL} --data {TEXT} --limit 16352"
     command += " --device cuda --out {out}"
-    name = f"latent-8x-mixed-closed-form-h100-{smol}"
+    name = f"latent-8x-mixed-closed-form-h100-{SMOL}"
     yield step(name, command, needs=("gpu",), minutes=2, after=(f"convert-{folder}",))
 
 
@@ -81,14 +140,27 @@ def twins() -> Iterator[Step]:
         minutes=5,
         makes=("twins",),
     )
-    made = ["train-twins-h100"]
-    for kind in ("bf16", "mixed"):
-        folder = f"mha-8x-{kind}"
+    command = "train_twins.py times twins --device cuda --repeats 7 --out-json {out}"
+    trained = ("train-twins-h100",)
+    yield step("train-twins-times-h100", command, needs=gpu, minutes=2, after=trained)
+    made = {}
+    for folder in TWIN_FOLDERS:
+        kind = folder.split("-")[2]
         arguments = f"--attention latent --head dense --kv-ratio 8 --kv-dtype {kind} --device cuda"
-        arguments += " --calibration twins/calibration.jsonl"
+        arguments += " --calibration twins/heal.jsonl"
         own = conversion(folder, "twins/mha", 1, arguments, *gpu)
-        yield dataclasses.replace(own, after=("train-twins-h100",))
-        made.append(own.name)
-    command = "train_twins.py judge twins twins/mha twins/latent mha-8x-bf16"
-    command += " mha-8x-mixed --device cuda --out-json {out}"
-    yield step("train-twins-judge-h100", command, needs=gpu, minutes=2, after=tuple(made))
+        yield (own := dataclasses.replace(own, after=trained))
+        made[folder] = own.name
+    for state, folders in (("", TWIN_FOLDERS[:2]), ("-healed", TWIN_FOLDERS[2:])):
+        names = [made[folder] for folder in folders]
+        for folder in folders if state else ():
+            command = f"flashhead heal {folder} --teacher twins/mha --tokens 4800000"
+            command += " --data twins/heal.jsonl --device cuda --stage b --rate-b 3e-5 --json"
+            name = f"train-twins-heal-{folder.split('-')[2]}-h100"
+            after = (made[folder],)
+            yield step(name, command, needs=gpu, minutes=2, after=after, prints=True)
+            names.append(name)
+        command = f"train_twins.py judge twins twins/mha twins/latent {' '.join(folders)}"
+        command += " --device cuda --out-json {out}"
+        name = f"train-twins-judge{state}-h100"
+        yield step(name, command, needs=gpu, minutes=2, after=tuple(names))

@@ -78,7 +78,8 @@ def add_parser(subparsers: Any) -> None:
             type=real("from 0 to 1", lambda value: 0 < value < 1),
             default=rate,
             metavar="X",
-            help=f"largest learning rate of stage {stage} (default: {rate:g})",
+            help=f"largest learning rate of stage {stage} (default: {rate:g}; larger models want "
+            "less: docs/latent.md)",
         )
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: 0")
 
