@@ -19,35 +19,52 @@ from typing import Any
 
 import torch
 
+from flashhead.cli.arguments import Parser, existing_folder, integer, new_file, reals
+from flashhead.cli.session import open_source
+from flashhead.convert.heal import require_teacher
 from flashhead.convert.heal_text import healing_rows
 from flashhead.environment import provenance
+from flashhead.errors import FlashHeadError
 from flashhead.integrations.transformers import load_dense, load_tokenizer
 
 
 def sample(args: argparse.Namespace) -> None:
     """Keep text of the teacher in the folder, where `flashhead heal` looks for it."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise FlashHeadError("--device cuda: torch sees no GPU")
+    source = open_source(args.teacher)
+    teacher = load_dense(source, dtype=dtype)
+    require_teacher(load_dense(str(args.folder)), teacher)
     healing_rows(
-        load_dense(args.teacher, dtype=dtype).to(args.device),
-        load_tokenizer(args.teacher),
+        teacher.to(args.device),
+        load_tokenizer(source),
         (),
         args.folder / ".heal-text-0.safetensors",
-        tokens=args.text_tokens,
+        tokens=min(args.text_tokens, max(args.tokens, args.full_tokens)),
         row_tokens=512,
         seed=0,
         seconds=None,
     )
 
 
-def run(args: argparse.Namespace, folder: Path, rate: str, tokens: int) -> dict[str, Any] | None:
+def run(args: argparse.Namespace, folder: Path, rate: float, tokens: int) -> dict[str, Any] | None:
     """`flashhead heal`: its document, or None if it ended with an error."""
     command = [sys.executable, "-m", "flashhead", "heal", str(folder), "--teacher", args.teacher]
-    command += ["--device", args.device, "--stage", "b", "--rate-b", rate, "--tokens", str(tokens)]
+    command += [
+        "--device",
+        args.device,
+        "--stage",
+        "b",
+        "--rate-b",
+        str(rate),
+        "--tokens",
+        str(tokens),
+    ]
     command += ["--text-tokens", str(min(tokens, args.text_tokens)), "--json"]
     command += ["--batch-tokens", str(args.batch_tokens), "--micro-tokens", str(args.micro_tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    lines = done.stdout.splitlines()
-    if not lines:  # exit code 1 with a document: worse than before, nothing written
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    if not lines:  # exit code 1 with a document is a model that got worse
         return None
     document: dict[str, Any] = json.loads(lines[-1])
     held = document["held_out"]
@@ -59,42 +76,37 @@ def run(args: argparse.Namespace, folder: Path, rate: str, tokens: int) -> dict[
     return document
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--rates", default="5e-6,2e-5,1e-4", help="largest rates, tried in turn")
-    parser.add_argument("--tokens", type=int, default=800_000, help="of a short run")
-    parser.add_argument("--full-tokens", type=int, default=0, help="0: short runs only")
-    parser.add_argument("--text-tokens", type=int, default=4_000_000, help="different ones")
-    parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--micro-tokens", type=int, default=4096)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def rates_tried(args: argparse.Namespace, document: dict[str, Any], keep: Any) -> None:
+    """Short runs on copies; the document gets them by rate, or the rates that failed."""
+    copy = args.folder.with_name(f"{args.folder.name}-try")
+    for rate in args.rates:
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            shutil.copytree(args.folder, copy)
+            found = run(args, copy, rate, args.tokens)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+        if found is None:
+            document["failed"].append(f"{rate:g}")
+        else:
+            document["rates"][f"{rate:g}"] = found
+        keep()
+
+
+def search(args: argparse.Namespace) -> int:
+    """Try all rates, heal with the best, keep the document."""
     started = time.monotonic()
     sample(args)
-    torch.cuda.empty_cache()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
     document: dict[str, Any] = {"benchmark": "heal_rates", "rates": {}, "failed": []}
-    copy = args.folder.with_name(f"{args.folder.name}-try")
 
     def keep(**parts: Any) -> None:
         document.update(parts, seconds=round(time.monotonic() - started, 1))
         if args.out:
             args.out.write_text(json.dumps(document | provenance(), indent=1) + "\n")
 
-    for rate in args.rates.split(","):
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(args.folder, copy)
-        try:
-            found = run(args, copy, rate, args.tokens)
-        finally:
-            shutil.rmtree(copy)
-        if found is None:
-            document["failed"].append(rate)
-        else:
-            document["rates"][rate] = found
-        keep()
+    rates_tried(args, document, keep)
     after = {rate: one["held_out"]["after"]["kl"] for rate, one in document["rates"].items()}
     if not after:
         return 1
@@ -103,10 +115,31 @@ def main() -> int:
     print(f"best: {best}", flush=True)
     written = document["rates"][best]["written"]
     if args.full_tokens and written:
-        full = run(args, args.folder, best, args.full_tokens)
+        full = run(args, args.folder, float(best), args.full_tokens)
         keep(full=full)
         written = full is not None and full["written"]
     return 0 if written and not document["failed"] else 1
+
+
+def main() -> int:
+    parser = Parser(prog="heal_rates.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=existing_folder)
+    parser.add_argument("--teacher", required=True)
+    rates = reals("rates from 0 to 1", lambda value: 0 < value < 1)
+    parser.add_argument("--rates", type=rates, default="5e-6,2e-5,1e-4", help="tried in turn")
+    parser.add_argument("--tokens", type=integer(16), default=800_000, help="of a short run")
+    parser.add_argument("--full-tokens", type=integer(0), default=0, help="0: short runs only")
+    parser.add_argument("--text-tokens", type=integer(16), default=4_000_000, help="different ones")
+    parser.add_argument("--batch-tokens", type=integer(16), default=16384)
+    parser.add_argument("--micro-tokens", type=integer(16), default=4096)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=new_file)
+    args = parser.parse_args()
+    try:
+        return search(args)
+    except FlashHeadError as error:
+        print(f"heal_rates.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
