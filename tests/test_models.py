@@ -91,11 +91,16 @@ def test_second_call_downloads_nothing(cache, monkeypatch):
     models.embedded_folder("tiny", progress=False)
 
 
-@pytest.mark.parametrize(("made_with", "is_right"), [("5.17.0", False), ("5.23.0", True)])
-def test_folder_of_a_faulty_transformers_is_made_again(cache, monkeypatch, made_with, is_right):
+@pytest.mark.parametrize(
+    ("made_with", "proved", "is_right"),
+    [("5.17.0", False, False), ("5.19.0", True, True), ("5.23.0", False, True)],
+)
+def test_folder_of_a_faulty_transformers_is_made_again(cache, made_with, proved, is_right):
     """A wrong tokenizer that stays in the cache, or a right one that is made every time."""
     folder = models.embedded_folder("tiny", progress=False)
     (folder / "config.json").write_text(json.dumps({"transformers_version": made_with}))
+    if proved:
+        gguf_tokenizer.write_proof(folder)
     models.embedded_folder("tiny", progress=False)
     assert (folder / "config.json").exists() == is_right
     assert (folder / "model.safetensors").read_bytes() == b"".join(PIECES)
@@ -231,6 +236,7 @@ def test_real_wheels_become_a_model(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
     folder = models.embedded_folder("smollm2-135m")
     assert "Apache License" in (folder / "LICENSE").read_text()
+    assert (folder / gguf_tokenizer.PROOF).is_file()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.vocab_size, model.config.hidden_size) == (49_152, 576)
     assert AutoTokenizer.from_pretrained(folder).chat_template

