@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_eval_tasks import write_data
+from test_next_token import V, head_of
 
 from flashhead.cli import main
-from flashhead.evaluate.suite.heads import SearchedHead
+from flashhead.evaluate.suite.heads import DenseHead, SearchedHead, token_logprobs
 from flashhead.task_names import TASKS
 
 pytest.importorskip("lm_eval")
@@ -122,6 +123,31 @@ def test_scores_are_those_of_plain_logits(converted, base, folder, tmp_path, cap
     row = document["tasks"]["perplexity"]
     assert row["base"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert row["scored_tokens"] == count
+    estimated = row["complete_logits"]
+    assert estimated["base"] == row["base"]
+    assert estimated["ratio"] == pytest.approx(row["ratio"], abs=0.02)
+
+
+def test_asked_tokens_are_scored_exactly() -> None:
+    """Catches estimates in the log-likelihood of continuations, or a normaliser without them."""
+    head, hidden = head_of("codes")
+    searched = SearchedHead(head, lambda logits: logits / 2)
+    tokens = torch.randint(0, V, (3, 64), generator=torch.Generator().manual_seed(0))
+    found = token_logprobs(searched, hidden, tokens)
+    logits = head.search(hidden).logits.double() / 2
+    for i, row in enumerate(tokens):
+        exact = (hidden.double() @ head.weight.double().T / 2).gather(1, row[:, None]).sum()
+        estimates = logits.gather(1, row[:, None]).sum()
+        normaliser = logits.logsumexp(1).sum()
+        assert float(found.values[i]) == pytest.approx(float(exact - normaliser), abs=1e-3)
+        assert float(found.complete[i]) == pytest.approx(float(estimates - normaliser), abs=1e-3)
+        assert abs(float(exact - estimates)) > 0.01  # so the two can be told apart
+    assert not found.greedy.any()
+    best = token_logprobs(searched, hidden, logits.argmax(1)[None])
+    assert best.greedy.all()
+    truth = DenseHead(head, lambda logits: logits / 2)
+    known = token_logprobs(truth, hidden, tokens)
+    assert torch.equal(known.values, known.complete)
 
 
 def test_a_head_that_errs_is_seen(converted, base, tmp_path, capsys, monkeypatch):

@@ -31,6 +31,9 @@ def test_figures_of_a_tiny_model(tiny_folder, text, head: str) -> None:  # type:
     assert abs(document["perplexity_change"]) < 1e-3
     assert 300 < document["perplexity_float32"] < 900
     assert "perplexity" in format_logprobs(document)
+    for way in ("without_draws", "complete_logits"):  # all of 515 rows are candidates here
+        assert document[way]["perplexity"] == pytest.approx(document["perplexity_float32"], 1e-5)
+        assert document[way]["max_abs_error"] < 1e-5
 
 
 def test_a_dense_head_is_refused(tiny_folder, text) -> None:  # type: ignore[no-untyped-def]

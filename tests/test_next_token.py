@@ -176,6 +176,32 @@ def test_log_probs_lie_within_their_error(kind: str, temperature: float) -> None
         assert error.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_without_draws(temperature: float) -> None:
+    """Catches an estimate where the exact logit is due: a token that is no candidate must be off by
+    the normaliser alone, as every other token of the same state."""
+    head, hidden = head_of("codes", True)
+    logits = head.search(hidden).logits.double() / temperature
+    truth = dense(head, hidden) / temperature
+    shift = logits.logsumexp(1) - truth.logsumexp(1)
+    for tokens in (truth.argmax(1), (logits - truth).abs().argmax(1)):
+        found = head.log_probs(hidden, tokens, temperature, draws=0)
+        wanted = truth.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+        assert torch.allclose(wanted - found.values, shift, atol=2e-5)
+        assert found.stderr.isnan().all()
+    worst = (logits - truth).abs().max(1).values
+    assert (worst > 20 * shift.abs()).double().mean() > 0.9  # the complete logits are off by more
+    assert head.log_probs(hidden[:0], tokens[:0], draws=0).values.shape == (0,)
+
+
+def test_draws_make_the_error_smaller() -> None:
+    """Catches a number of draws that is not heeded."""
+    head, hidden = head_of("codes")
+    tokens = torch.zeros(64, dtype=torch.int64)
+    few, many = (head.log_probs(hidden, tokens, draws=n).stderr.mean() for n in (16, 1024))
+    assert 4 < few / many < 16  # the root of 64 is 8
+
+
 def test_wrong_arguments_are_named() -> None:
     """Catches a wrong token where an error is due: NaN, infinity, shapes, ranges."""
     head, hidden = head_of("codes")
@@ -197,6 +223,9 @@ def test_wrong_arguments_are_named() -> None:
         head.log_probs(hidden, torch.full((64,), V))
     with pytest.raises(FlashHeadError, match="temperature"):
         head.log_probs(hidden, torch.zeros(64, dtype=torch.int64), 0.0)
+    for draws in (-1, 1):
+        with pytest.raises(FlashHeadError, match="draws"):
+            head.log_probs(hidden, torch.zeros(64, dtype=torch.int64), draws=draws)
     with pytest.raises(FlashHeadError, match="draws"):
         head.draws(hidden[:1], 5, Sampling())
     assert head.next_token(hidden[:0]).tokens.shape == (0,)

@@ -327,6 +327,18 @@ class Wide:
     logits = token = 64
 
 
+def test_log_probs_without_draws(heads):
+    """Catches an estimate, or another row's logit, in place of the token's exact one."""
+    ours, _, hidden = heads
+    states, tokens = hidden[:4], torch.tensor([399, 0, 17, 250])
+    found = ours.log_probs(states.to(DEVICE), tokens, draws=0)
+    logits = states.double() @ ours.weight.detach().cpu().double().T
+    exact = logits.gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(found.logits.double(), exact, rtol=1e-5, atol=1e-4)
+    log_z = ours.search(states.to(DEVICE)).logits.cpu().double().logsumexp(1)
+    assert torch.allclose(found.values.double(), exact - log_z, rtol=1e-5, atol=1e-4)
+
+
 def test_head_equals_the_reference_head(heads):
     """Greedy, sampling, filters and penalties choose the same tokens on both."""
     from flashhead.nn.next_token import Context

@@ -21,6 +21,7 @@ from flashhead.index.codes import CodesIndex
 from flashhead.nn.crossover import find_crossover
 from flashhead.nn.next_token import Context, next_token
 from flashhead.nn.output import HeadOutput, HeadStatistics, LogProbs, NextToken
+from flashhead.nn.rest import DRAWS
 from flashhead.nn.tuning import Crossover
 from flashhead.ops.dispatch import resolve_impl
 from flashhead.ops.rescore.api import rescore
@@ -225,20 +226,26 @@ class FlashHead(nn.Linear):
         return self.kind == "codes" and contexts is None and not sampling.filters
 
     @torch.no_grad()
-    def log_probs(self, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> LogProbs:
+    def log_probs(
+        self, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, *, draws: int = DRAWS
+    ) -> LogProbs:
         """Log-probabilities of given tokens; estimates
         `log_softmax((hidden.float() @ weight.float().T + bias) / temperature)` at the tokens.
 
         The token's logit and the candidates' are exact; the mass of all other rows is an unbiased
-        estimate (`nn/rest.py`).
+        estimate (`nn/rest.py`), on a GPU the dense product. Without draws the normaliser is that of
+        the complete logits, on any device: off by about the KL budget at a temperature of 1, with
+        no standard error. `log_softmax(head(hidden))` is worse than both for tokens that are no
+        candidates: their logits there are estimates (docs/sampling.md).
 
         Args:
             hidden: floating `[n, d]`, finite.
             tokens: `int64[n]`.
             temperature: above 0.
+            draws: rows that are drawn and scored for a hidden state, 2 or more; 0: none.
 
         Raises:
-            FlashHeadError: an argument has another shape or range.
+            FlashHeadError: an argument has another shape or range, or a dense head without draws.
         """
         self._require_hidden(hidden)
         if tokens.shape != (len(hidden),) or tokens.dtype != torch.int64:
@@ -248,9 +255,11 @@ class FlashHead(nn.Linear):
             raise FlashHeadError(f"tokens: wanted 0 to {self.out_features - 1}")
         if not 0 < temperature < math.inf:
             raise FlashHeadError(f"temperature={temperature}: wanted above 0")
+        if draws < 0 or draws == 1:
+            raise FlashHeadError(f"draws={draws}: wanted 0, or 2 or more")
         from flashhead.nn.rest import log_probs
 
-        return log_probs(self, hidden, tokens, temperature)
+        return log_probs(self, hidden, tokens, temperature, draws)
 
     @torch.no_grad()
     def draws(

@@ -59,7 +59,7 @@ class LogProbs:
     Args:
         values: `float32[n]`, natural logarithms.
         stderr: `float32[n]`, standard error of the normaliser's estimate, nats; the token's own
-            logit is exact.
+            logit is exact. NaN: not known, as no rows were drawn.
         logits: `float32[n]`, exact logits of the tokens.
         log_z: `float32[n]`, log of the normaliser.
     """

@@ -108,8 +108,14 @@ class HarnessModel(TemplateLM):
                     continue
                 tokens = torch.tensor([wanted_of[key] for key in keys])
                 found = token_logprobs(model.head, states[-length:], tokens)
-                for key, value, greedy in zip(keys, *(x.tolist() for x in found), strict=True):
-                    model.keep(key, {"logprob": value, "greedy": greedy, "tokens": length})
+                for i, key in enumerate(keys):
+                    answer = {
+                        "logprob": float(found.values[i]),
+                        "complete_logprob": float(found.complete[i]),
+                        "greedy": bool(found.greedy[i]),
+                        "tokens": length,
+                    }
+                    model.keep(key, answer)
 
     def known(self, key: str) -> bool:
         """Whether a request was answered."""

@@ -2,7 +2,9 @@
 
 What is evaluated must be what is said: FlashHead as it is deployed takes the dense product for many
 rows at once (prefill, batches), so scoring a text with it would measure the dense head. Here every
-row is searched, for log-likelihoods too.
+row is searched, for log-likelihoods too: the logits of the tokens that are asked about are exact
+and the normaliser is that of the complete logits, as `FlashHead.log_probs(..., draws=0)` gives it.
+What the complete logits alone would say is kept beside it.
 """
 
 import dataclasses
@@ -49,6 +51,11 @@ class DenseHead:
         """Complete logits: float32[n, V], on the CPU."""
         return self._logits(hidden).cpu()
 
+    def scored(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete logits, and exact ones of tokens `int64[n, k]`, of hidden states `[n, d]`."""
+        logits = self.logits(hidden)
+        return logits, logits.gather(1, tokens)
+
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
         head: Any = self.head
@@ -79,27 +86,47 @@ class SearchedHead:
         """Complete logits: float32[n, V], on the CPU."""
         return self.postprocess(self.head.search(hidden).logits.float().cpu())
 
+    @torch.no_grad()
+    def scored(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete logits, and exact ones of tokens `int64[n, k]`, of hidden states `[n, d]`."""
+        pairs = zip(hidden, tokens, strict=True)
+        exact = torch.stack([self.head.exact_logits(*pair) for pair in pairs])
+        return self.logits(hidden), self.postprocess(exact)
+
 
 Head = DenseHead | SearchedHead
 
 
-def token_logprobs(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of continuations, and whether each is what greedy decoding gives.
+@dataclasses.dataclass(frozen=True)
+class Continuations:
+    """What a head says about k continuations of n tokens.
+
+    Args:
+        values: `float64[k]`, log-probabilities: exact logits over the normaliser of all logits.
+        complete: `float64[k]`, those of the complete logits, which hold estimates.
+        greedy: `bool[k]`, whether each is what greedy decoding gives.
+    """
+
+    values: Tensor
+    complete: Tensor
+    greedy: Tensor
+
+
+def token_logprobs(head: Head, hidden: Tensor, tokens: Tensor) -> Continuations:
+    """Log-probabilities of continuations.
 
     Args:
         head: the head.
         hidden: floating `[n, d]`.
         tokens: `int64[k, n]`, k continuations of n tokens.
-
-    Returns:
-        `float64[k]`, `bool[k]`.
     """
-    values = torch.zeros(len(tokens), dtype=torch.float64)
+    values, complete = torch.zeros(2, len(tokens), dtype=torch.float64)
     greedy = torch.ones(len(tokens), dtype=torch.bool)
-    parts = zip(hidden.split(CHUNK_ROWS), tokens.split(CHUNK_ROWS, dim=1), strict=True)
+    parts = zip(hidden.split(CHUNK_ROWS), tokens.T.split(CHUNK_ROWS), strict=True)
     for states, wanted in parts:
-        logits = head.logits(states)
-        chosen = logits.gather(1, wanted.T).double()
-        values += (chosen - torch.logsumexp(logits, 1).double()[:, None]).sum(0)
-        greedy &= (logits.argmax(1) == wanted).all(1)
-    return values, greedy
+        logits, exact = head.scored(states, wanted)
+        normaliser = torch.logsumexp(logits.double(), 1)[:, None]
+        values += (exact.double() - normaliser).sum(0)
+        complete += (logits.gather(1, wanted).double() - normaliser).sum(0)
+        greedy &= (logits.argmax(1)[:, None] == wanted).all(0)
+    return Continuations(values, complete, greedy)

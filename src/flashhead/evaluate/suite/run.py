@@ -133,6 +133,7 @@ def run_task(
         nll = [[-x / n for x, n in zip(got, tokens, strict=True)] for got in scores]
         row |= paired.compare(nll[0], nll[1], where, options.seed, weights=tokens, exponential=True)
         row["scored_tokens"] = int(sum(tokens))
+        row["complete_logits"] = _of_complete_logits(answers, where, options.seed)
     else:
         row |= paired.compare(scores[0], scores[1], where, options.seed)
         pairs = list(zip(*scores, strict=True))
@@ -153,6 +154,15 @@ def run_task(
     if task.docs and "context" in task.docs[0]:
         row["by_context"] = _by_context(task, scores, options.seed)
     return row | {"seconds": seconds, "resumed_answers": resumed}
+
+
+def _of_complete_logits(
+    answers: list[list[dict[str, Any]]], where: list[Any], seed: int
+) -> dict[str, Any]:
+    """Perplexities if the scored tokens had the complete logits, estimates among them."""
+    tokens = [float(answer["tokens"]) for answer in answers[0]]
+    base, value = ([-a["complete_logprob"] / a["tokens"] for a in kept] for kept in answers)
+    return paired.compare(base, value, where, seed, weights=tokens, exponential=True)
 
 
 def _answered(task: Task, side: Side, name: str) -> tuple[list[float], list[dict[str, Any]]]:
