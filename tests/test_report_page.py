@@ -198,7 +198,12 @@ def test_verdicts():
     few = {name: {**row, "n": 3} for name, row in document()["tasks"].items()}
     assert judge([document(**few)]).answer == "not known"
     assert judge([]).answer == "not known"
-    assert judge([document(), document(mmlu=_task(0.5, 0.4))]).answer == "no"
+    both = judge([document(), document(mmlu=_task(0.5, 0.4))])
+    assert both.answer == "no"
+    assert [one.answer for one in both.each] == ["yes", "no"]
+    attached = document() | {"model": "m", "against": "m"}
+    attached["sides"]["value"]["head"] = "FlashHead, every row searched"
+    assert judge([attached]).sentence.startswith("m with FlashHead may replace m: ")
 
 
 def _without(value: dict, path: str) -> dict:

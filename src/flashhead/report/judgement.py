@@ -22,10 +22,18 @@ class Judgement:
     Args:
         answer: "yes", "no" or "not known".
         sentence: the answer, with its figures.
+        each: of several evaluations, one by one; the answer is then the worst of them.
     """
 
     answer: str
     sentence: str
+    each: tuple["Judgement", ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The answer, and what it rests on."""
+        answer, _, grounds = self.sentence.partition(": ")
+        return answer, grounds
 
 
 def judge(evaluations: Sequence[dict[str, Any]]) -> Judgement:
@@ -37,7 +45,15 @@ def judge(evaluations: Sequence[dict[str, Any]]) -> Judgement:
     found = [_one(document) for document in evaluations]
     answers = [one.answer for one in found]
     answer = next(a for a in ("no", "not known", "yes") if a in answers)
-    return Judgement(answer, "\n".join(one.sentence for one in found))
+    return Judgement(answer, "\n".join(one.sentence for one in found), tuple(found))
+
+
+def called(document: dict[str, Any]) -> str:
+    """What an evaluation is about: a model, or a model with FlashHead attached to it."""
+    model = str(document["model"])
+    attached = model == document["against"]
+    searched = str(document["sides"]["value"]["head"]).startswith("FlashHead")
+    return f"{model} with FlashHead" if attached and searched else model
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -82,5 +98,5 @@ def _one(document: dict[str, Any]) -> Judgement:
         parts.append(f"{agreement:.3%} of {total:,} greedy tokens are identical")
     largest = max(row["kl"]["mean"] for row in tasks.values())
     parts.append(f"the largest mean KL of a task is {largest:.1e} nats")
-    names = f"{document['model']} {verb[answer]} {document['against']}"
+    names = f"{called(document)} {verb[answer]} {document['against']}"
     return Judgement(answer, f"{names}: {'; '.join(parts)}.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashhead._version import __version__
 from flashhead.report import charts
-from flashhead.report.judgement import judge, outcome
+from flashhead.report.judgement import called, judge, outcome
 from flashhead.report.results import Result
 
 OUTCOMES = {
@@ -56,7 +56,9 @@ def render(results: Sequence[Result]) -> str:
     environment.globals.update(
         field=field, differences=charts.differences, frontier=charts.frontier, outcome=outcome
     )
-    environment.globals.update(outcomes=OUTCOMES, sides=SIDES, hardware_names=HARDWARE)
+    environment.globals.update(
+        called=called, outcomes=OUTCOMES, sides=SIDES, hardware_names=HARDWARE
+    )
     environment.filters["figure"] = figure
     by_kind = {
         kind: [result for result in results if result.kind == kind]
