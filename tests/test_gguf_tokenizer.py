@@ -1,6 +1,7 @@
 """Tokenizers made of tiny GGUF files, right ones and such as old versions of transformers made."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +237,34 @@ def test_damaged_files_give_one_line(gguf, tmp_path):
         file.write_bytes(content)
         with pytest.raises(FlashHeadError, match="GGUF"):
             gguf_tokenizer.read_metadata(file)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IQ", 8, 1 << 62),  # a string
+        struct.pack("<IIQ", 9, 5, 1 << 61),  # an array of numbers
+        struct.pack("<IIQ", 9, 8, 1 << 62),  # of strings
+        struct.pack("<IIQ", 9, 9, 1) * 3000,  # of arrays of arrays
+        struct.pack("<I", 77),  # of no type
+    ],
+)
+def test_lengths_beyond_the_file_are_damage(value, tmp_path):
+    """Catches memory that is asked for before a size is checked, and endless nesting."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(struct.pack("<4sIQQQ1s", b"GGUF", 3, 0, 1, 1, b"k") + value)
+    with pytest.raises(FlashHeadError, match="metadata of this GGUF file is damaged"):
+        gguf_tokenizer.read_metadata(file)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokenizer.ggml.tokens": 7},
+        {"tokenizer.ggml.tokens": ["a", 7]},
+        {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1]},
+    ],
+)
+def test_vocabularies_of_another_form_are_refused(metadata):
+    with pytest.raises(FlashHeadError, match="wanted"):
+        gguf_tokenizer._words(metadata)

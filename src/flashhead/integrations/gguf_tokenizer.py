@@ -10,6 +10,7 @@ Layout of the file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import json
+import os
 import struct
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,8 @@ NORMAL = 1
 """`tokenizer.ggml.token_type` of ordinary text."""
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_SMALL = 1 << 16
+"""Bytes that are read without asking how many the file has."""
 
 
 def require_transformers() -> None:
@@ -118,7 +121,7 @@ def read_metadata(gguf: Path) -> dict[str, Any]:
     """
     try:
         with gguf.open("rb") as file:
-            magic, layout, _, count = struct.unpack("<4sIQQ", file.read(24))
+            magic, layout, _, count = struct.unpack("<4sIQQ", _read(file, 24))
             if magic != b"GGUF" or layout not in (2, 3):
                 raise FlashHeadError(f"{gguf}: not a GGUF file of version 2 or 3")
             return {_value(file, _STRING): _value(file) for _ in range(count)}
@@ -129,17 +132,27 @@ def read_metadata(gguf: Path) -> dict[str, Any]:
 def _value(file: Any, kind: int | None = None) -> Any:
     """One value; without `kind` its type comes first."""
     if kind is None:
-        kind = struct.unpack("<I", file.read(4))[0]
+        kind = struct.unpack("<I", _read(file, 4))[0]
     if kind == _STRING:
-        return file.read(struct.unpack("<Q", file.read(8))[0]).decode()
+        return _read(file, struct.unpack("<Q", _read(file, 8))[0]).decode()
     if kind == _ARRAY:
-        kind, count = struct.unpack("<IQ", file.read(12))
-        if kind not in _FIXED:
+        kind, count = struct.unpack("<IQ", _read(file, 12))
+        if kind == _STRING:
             return [_value(file, kind) for _ in range(count)]
-        layout = f"<{count}{_FIXED[kind]}"
-        return list(struct.unpack(layout, file.read(struct.calcsize(layout))))
+        width = struct.calcsize(_FIXED[kind])  # an array of arrays, which no file has, is damage
+        return list(struct.unpack(f"<{count}{_FIXED[kind]}", _read(file, count * width)))
     layout = f"<{_FIXED[kind]}"
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
+    return struct.unpack(layout, _read(file, struct.calcsize(layout)))[0]
+
+
+def _read(file: Any, size: int) -> bytes:
+    """So many bytes; a length beyond the file's end is damage, and nothing is allocated for it."""
+    if size > _SMALL and size > os.fstat(file.fileno()).st_size - file.tell():
+        raise struct.error("beyond the end")
+    found: bytes = file.read(size)
+    if len(found) < size:
+        raise struct.error("beyond the end")
+    return found
 
 
 def _fault_of_ends(tokenizer: Any, metadata: dict[str, Any]) -> str:
@@ -192,7 +205,11 @@ def _fault_of_words(tokenizer: Any, metadata: dict[str, Any]) -> str:
 def _words(metadata: dict[str, Any]) -> dict[int, str]:
     """Ordinary entries of a blank and ASCII letters: one piece under any splitting of text."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or not all(isinstance(entry, str) for entry in tokens):
+        raise FlashHeadError("tokenizer.ggml.tokens: wanted strings")
     kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise FlashHeadError(f"tokenizer.ggml.token_type: wanted {len(tokens)} numbers")
     blank = "Ġ" if metadata.get("tokenizer.ggml.model") == "gpt2" else "▁"
     return {
         token: entry
