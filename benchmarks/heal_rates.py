@@ -50,19 +50,18 @@ def sample(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, folder: Path, rate: float, tokens: int) -> dict[str, Any] | None:
     """`flashhead heal`: its document, or None if it ended with an error."""
-    command = [sys.executable, "-m", "flashhead", "heal", str(folder), "--teacher", args.teacher]
-    command += [
-        "--device",
-        args.device,
-        "--stage",
-        "b",
-        "--rate-b",
-        str(rate),
-        "--tokens",
-        str(tokens),
-    ]
-    command += ["--text-tokens", str(min(tokens, args.text_tokens)), "--json"]
-    command += ["--batch-tokens", str(args.batch_tokens), "--micro-tokens", str(args.micro_tokens)]
+    options = {
+        "--teacher": args.teacher,
+        "--device": args.device,
+        "--stage": "b",
+        "--rate-b": rate,
+        "--tokens": tokens,
+        "--text-tokens": min(tokens, args.text_tokens),
+        "--batch-tokens": args.batch_tokens,
+        "--micro-tokens": args.micro_tokens,
+    }
+    command = [sys.executable, "-m", "flashhead", "heal", str(folder), "--json"]
+    command += [str(word) for pair in options.items() for word in pair]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     if not lines:  # exit code 1 with a document is a model that got worse
         return None
@@ -137,6 +136,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return search(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except FlashHeadError as error:
         print(f"heal_rates.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
