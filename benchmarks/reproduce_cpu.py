@@ -1,5 +1,6 @@
 """Steps of `make reproduce` for two CPU cores."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from reproduce_step import (
@@ -76,6 +77,12 @@ def evaluations() -> Iterator[Step]:
             needs = ("eval", "tasks") + (("quantize",) if kind else ())
             command, cache = asked(f"{folder}-{model}", base, name)
             yield step(name, command, needs=needs, minutes=minutes, after=made, keeps=cache)
+    for model in SMALL:  # older evaluations scored the text's tokens by the complete logits
+        command = f"flashhead eval flash-{model} --against {model} --tasks perplexity"
+        command += f" --data-dir data --limit 50 --cache cache-perplexity-{model} --out {{out}}"
+        own = step(f"perplexity-{model}", command, needs=("eval",), minutes=5)
+        cache = (f"cache-perplexity-{model}",)
+        yield dataclasses.replace(own, after=(f"convert-flash-{model}",), keeps=cache)
     name = "eval-latent-2x-smollm2-135m"
     command, cache = asked("latent-2x-smollm2-135m", "smollm2-135m", name)
     made = ("convert-latent-2x-smollm2-135m",)
