@@ -119,7 +119,7 @@ def evaluate_suite(args: argparse.Namespace) -> dict[str, Any]:
         resume=args.resume,
         isolated=not args.unsafe_code,
     )
-    base, value, tokenizer = _sides(args, sources)
+    base, value, tokenizer = _sides(args, sources, options)
     document = evaluate(base, value, tokenizer, options)
     print(format_table(document))
     return document
@@ -131,10 +131,11 @@ def _sources(args: argparse.Namespace) -> tuple[str, str]:
     return session.open_source(args.model), session.open_source(args.against)
 
 
-def _sides(args: argparse.Namespace, sources: tuple[str, str]) -> tuple[Any, Any, Any]:
+def _sides(args: argparse.Namespace, sources: tuple[str, str], suite: Any) -> tuple[Any, Any, Any]:
     """Base, value and their tokenizer."""
     import torch
 
+    from flashhead.evaluate.suite.run import require_length
     from flashhead.evaluate.suite.sides import make_side
     from flashhead.integrations import transformers
 
@@ -147,6 +148,7 @@ def _sides(args: argparse.Namespace, sources: tuple[str, str]) -> tuple[Any, Any
     dtypes = [getattr(torch, name) for name in (args.dtype or base_dtype, base_dtype)]
     print(f"loading {args.against} and {args.model} ...", file=sys.stderr, flush=True)
     base = transformers.load_dense(sources[1], dtype=dtypes[1], device=device)
+    require_length(base.config, suite)  # before an index is built
     if args.head == "searched":
         # every row is searched whatever the crossover, so none is measured; both bodies unpack what
         # is packed, so that equal weights give equal hidden states

@@ -62,7 +62,7 @@ def evaluate(base: Side, value: Side, tokenizer: Any, options: SuiteOptions) -> 
     """
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     start = time.perf_counter()
-    _require_length(base, options)
+    require_length(base.body.model.config, options)
     tasks = [
         make_task(
             name,
@@ -101,9 +101,13 @@ def evaluate(base: Side, value: Side, tokenizer: Any, options: SuiteOptions) -> 
     }
 
 
-def _require_length(side: Side, options: SuiteOptions) -> None:
-    """A document that is longer than the model reads would measure nothing of it."""
-    most = getattr(side.body.model.config.get_text_config(), "max_position_embeddings", None)
+def require_length(config: Any, options: SuiteOptions) -> None:
+    """Refuse documents that are longer than a model reads: they would measure nothing of it.
+
+    Raises:
+        FlashHeadError: a probe's context is longer than `config` allows.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(options.contexts)
     if most is not None and longest > most and set(options.tasks) & set(PROBES):
         raise FlashHeadError(f"--context {longest}: the model reads at most {most:,} tokens")
