@@ -13,8 +13,6 @@ from flashhead.evaluate.suite.harness import HarnessModel
 from flashhead.evaluate.suite.heads import DenseHead, Head, SearchedHead
 from flashhead.evaluate.suite.rows import Body, Recorder
 
-ASKED = {"asked_tokens": "exact"}
-"""How log-likelihoods are found: answers that were kept before are of another kind."""
 MOST_ROWS = 16
 """Of a batch on a CPU: more rows gain nothing once products are bound by arithmetic."""
 MOST_ROWS_GPU = 128
@@ -68,8 +66,14 @@ def make_side(
     process = logit_postprocess(model.config)
     index = head_of(model).index if searched else None
     dtype = str(model.dtype).removeprefix("torch.")
-    how = {"dtype": dtype, "searched": searched, "torch": torch.__version__, **ASKED}
-    found = fingerprint(model, index, **how)
+    found = fingerprint(
+        model,
+        index,
+        dtype=dtype,
+        searched=searched,
+        torch=torch.__version__,
+        asked_tokens="exact",  # answers that were kept before were scored by complete logits
+    )
     head: Head
     if searched:
         head = SearchedHead(head_of(model), process)
